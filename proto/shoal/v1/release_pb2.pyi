@@ -123,14 +123,16 @@ class RolloutPlan(_message.Message):
     def __init__(self, rollout_id: _Optional[str] = ..., model: _Optional[str] = ..., release: _Optional[int] = ..., spec_path: _Optional[str] = ..., targets: _Optional[_Iterable[str]] = ..., share_permille: _Optional[int] = ...) -> None: ...
 
 class BundleEntry(_message.Message):
-    __slots__ = ("path", "sha256", "length_bytes")
+    __slots__ = ("path", "sha256", "length_bytes", "chunks")
     PATH_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
     LENGTH_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
     path: str
     sha256: bytes
     length_bytes: int
-    def __init__(self, path: _Optional[str] = ..., sha256: _Optional[bytes] = ..., length_bytes: _Optional[int] = ...) -> None: ...
+    chunks: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, path: _Optional[str] = ..., sha256: _Optional[bytes] = ..., length_bytes: _Optional[int] = ..., chunks: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class TrustBundle(_message.Message):
     __slots__ = ("entries",)

@@ -1,0 +1,105 @@
+"""From received bytes to typed handlers. No I/O: the link feeds it, tests feed it bytes."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from google.protobuf.message import Message
+
+from shoal.codec import decode
+from shoal.errors import PayloadError
+from shoal.routes import ROUTES, Address, Route, parse_topic
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One received message. `message` is None on opaque routes and where a retained topic was cleared."""
+
+    address: Address
+    payload: bytes
+    message: Message | None
+    retained: bool
+    correlation: bytes
+    response_topic: str
+    ack: Callable[[], None]
+
+
+Handler = Callable[[Delivery], None]
+BadHook = Callable[[Delivery, PayloadError], None]
+
+
+class Inbox:
+    """One handler for each route; decodes, counts what cannot be used, and acknowledges in every case.
+
+    A handler may raise `PayloadError`: the message is counted as bad and goes no further, so that it never
+    blocks the queue behind it.
+    """
+
+    def __init__(self, counters: Counter[str]) -> None:
+        self._counters = counters
+        self._handlers: dict[Route, tuple[Handler, bool]] = {}
+        self._bad_hooks: dict[Route, BadHook] = {}
+
+    def register(self, route: Route, handler: Handler, *, ack_late: bool) -> None:
+        """Name the handler of a route.
+
+        Raises:
+            ValueError: the route has another handler already.
+        """
+        if self._handlers.setdefault(route, (handler, ack_late)) != (handler, ack_late):
+            raise ValueError(f"{route} has a handler already")
+
+    def on_bad(self, route: Route, hook: BadHook) -> None:
+        self._bad_hooks[route] = hook
+
+    def receive(
+        self,
+        topic_text: str,
+        payload: bytes,
+        *,
+        retained: bool,
+        ack: Callable[[], None],
+        correlation: bytes = b"",
+        response_topic: str = "",
+    ) -> None:
+        """Hand one message to its handler."""
+        try:
+            address = parse_topic(topic_text)
+        except PayloadError as exc:
+            self._count_bad(topic_text, exc)
+            ack()
+            return
+        self._dispatch(Delivery(address, payload, None, retained, correlation, response_topic, ack))
+
+    def _dispatch(self, delivery: Delivery) -> None:
+        route = delivery.address.route
+        handler, ack_late = self._handlers.get(route, (None, False))
+        if handler is None or (delivery.retained and not ROUTES[route].retain):
+            # A retained command would be obeyed again by every node that ever connects.
+            self._counters["ignored_messages"] += 1
+            delivery.ack()
+            return
+        try:
+            handler(replace(delivery, message=_message_of(delivery)))
+        except PayloadError as exc:
+            self._count_bad(route.value, exc)
+            if route in self._bad_hooks:
+                self._bad_hooks[route](delivery, exc)
+            delivery.ack()
+            return
+        if not ack_late:
+            delivery.ack()
+
+    def _count_bad(self, where: str, error: PayloadError) -> None:
+        self._counters["bad_payloads"] += 1
+        log.debug("bad payload on=%s error=%s", where, error)
+
+
+def _message_of(delivery: Delivery) -> Message | None:
+    spec = ROUTES[delivery.address.route]
+    if spec.message is None or (spec.retain and not delivery.payload):
+        return None
+    return decode(spec.message, delivery.payload)

@@ -1,0 +1,74 @@
+"""Files that survive a power cut: whole, or as they were."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from shoal.errors import ShoalError
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames and removals in `directory` durable."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Replace `path` with `data`: temporary file, fsync, rename, fsync of the directory."""
+    temporary = path.with_name(path.name + ".tmp")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_directory(path.parent)
+
+
+class DamagedError(ShoalError):
+    """Both copies of a checked file exist and neither can be read."""
+
+
+class CheckedFile:
+    """A small file in two checksummed copies, written in turn, so that one is always whole.
+
+    A renamed file can still be empty after a power cut on a disk that lies about fsync; then the other copy,
+    one version older, stands.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._copies = (path.with_suffix(".a"), path.with_suffix(".b"))
+
+    def load(self) -> bytes | None:
+        """Return the newest whole copy, or None when none was ever written.
+
+        Raises:
+            DamagedError: something was written, and no copy is whole.
+        """
+        found = [copy for copy in map(_read_copy, self._copies) if copy is not None]
+        if found:
+            return max(found)[1]
+        if any(path.exists() for path in self._copies):
+            raise DamagedError(f"{self._copies[0]} and its second copy are damaged")
+        return None
+
+    def save(self, body: bytes) -> None:
+        """Write over the older copy."""
+        serials = [copy[0] if (copy := _read_copy(path)) else 0 for path in self._copies]
+        signed = b"%d\n" % (max(serials) + 1) + body
+        checksum = hashlib.sha256(signed).hexdigest().encode()
+        write_atomic(self._copies[serials.index(min(serials))], checksum + b"\n" + signed)
+
+
+def _read_copy(path: Path) -> tuple[int, bytes] | None:
+    try:
+        checksum, _, signed = path.read_bytes().partition(b"\n")
+    except FileNotFoundError:
+        return None
+    if hashlib.sha256(signed).hexdigest().encode() != checksum:
+        return None
+    serial, _, body = signed.partition(b"\n")
+    return int(serial), body

@@ -1,0 +1,60 @@
+"""How a model's output becomes a score and a label; device and gateway must agree on it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.errors import ModelError
+from shoal.v1 import release_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """One entry for each row. `labels` is None for models that do not classify."""
+
+    scores: NDArray[np.float32]
+    labels: NDArray[np.int64] | None
+
+
+def scale(values: NDArray[np.float32], schema: pb.InputSchema) -> NDArray[np.float32]:
+    """Scale readings with the statistics that the release carries.
+
+    Args:
+        values: (n, *shape), in the sensor's own units.
+        schema: mean and std of the training set, one for each channel or one for all.
+
+    Raises:
+        ModelError: the channel counts differ.
+    """
+    mean = np.asarray(schema.mean, dtype=np.float32)
+    std = np.asarray(schema.std, dtype=np.float32)
+    if mean.size not in (1, values.shape[-1]) or std.size != mean.size:
+        raise ModelError(
+            f"{values.shape[-1]} channels, but the release has {mean.size} means and {std.size} deviations"
+        )
+    return np.asarray((values - mean) / std, dtype=np.float32)
+
+
+def score_rows(kind: pb.ScoreKind, scaled: NDArray[np.float32], outputs: NDArray[np.float32]) -> Scores:
+    """Score a batch.
+
+    Args:
+        kind: from the release.
+        scaled: (n, *shape), what went into the model.
+        outputs: (n, ...), what came out, in float units.
+
+    Raises:
+        ModelError: the release asks for a score that this version does not know, or an output is not finite.
+    """
+    if not np.isfinite(outputs).all():
+        raise ModelError("the model answered with a value that is not finite")
+    if kind == pb.SCORE_KIND_RECONSTRUCTION:
+        errors = np.square(outputs.reshape(scaled.shape) - scaled).reshape(len(scaled), -1)
+        return Scores(errors.mean(axis=1, dtype=np.float32), None)
+    if kind == pb.SCORE_KIND_UNCERTAINTY:
+        logits = outputs.reshape(len(scaled), -1)
+        shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+        certainty = shifted.max(axis=1) / shifted.sum(axis=1)
+        return Scores((1.0 - certainty).astype(np.float32), logits.argmax(axis=1))
+    raise ModelError(f"unknown score kind {kind}")

@@ -1,0 +1,105 @@
+"""Between arrays and the wire. Shapes are checked before anything is allocated."""
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.codec import EPOCH_BYTES, MAX_REFERENCE_BYTES
+from shoal.errors import PayloadError
+from shoal.v1 import tensor_pb2 as pb
+from shoal.v1.sensor_pb2 import SensorData
+
+DTYPES: Mapping[pb.DType, np.dtype[Any]] = MappingProxyType(
+    {
+        pb.D_TYPE_FLOAT32: np.dtype("<f4"),
+        pb.D_TYPE_INT8: np.dtype("i1"),
+        pb.D_TYPE_UINT8: np.dtype("u1"),
+        pb.D_TYPE_INT16: np.dtype("<i2"),
+        pb.D_TYPE_INT32: np.dtype("<i4"),
+        pb.D_TYPE_INT64: np.dtype("<i8"),
+        pb.D_TYPE_FLOAT64: np.dtype("<f8"),
+    }
+)
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_MAX_DIMENSIONS = 8
+
+
+def to_tensor(array: NDArray[Any]) -> pb.Tensor:
+    """Pack an array.
+
+    Raises:
+        ValueError: its dtype has no place in the contract.
+    """
+    dtype = array.dtype.newbyteorder("<")
+    if dtype not in _CODES:
+        raise ValueError(f"dtype {array.dtype} cannot travel; one of {[str(d) for d in _CODES]}")
+    return pb.Tensor(dtype=_CODES[dtype], shape=array.shape, data=array.astype(dtype, copy=False).tobytes())
+
+
+def to_array(tensor: pb.Tensor, field: str = "tensor") -> NDArray[Any]:
+    """Unpack a tensor as a read-only view of its bytes.
+
+    Raises:
+        PayloadError: unknown dtype, or the shape does not explain the bytes.
+    """
+    dtype = DTYPES.get(tensor.dtype)
+    if dtype is None:
+        raise PayloadError(f"unknown element type {tensor.dtype}", field=f"{field}.dtype")
+    shape = tuple(tensor.shape)
+    # math.prod, because numpy's overflows to 0 on a hostile shape.
+    expected = math.prod(shape) * dtype.itemsize
+    if len(shape) > _MAX_DIMENSIONS or expected != len(tensor.data):
+        raise PayloadError(
+            f"{list(shape)} of {dtype} needs {expected} bytes, got {len(tensor.data)}", field=f"{field}.data"
+        )
+    return np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
+
+
+def reading_values(reading: SensorData, shape: Sequence[int], field: str = "reading") -> NDArray[np.float32]:
+    """Return a reading's values in its own units, shaped as a model wants them.
+
+    Raises:
+        PayloadError: no value, wrong number of values, or a value that is not finite.
+    """
+    kind = reading.WhichOneof("value")
+    if kind == "scalars":
+        flat: NDArray[Any] = np.array(reading.scalars.values, dtype=np.float32)
+    elif kind == "tensor":
+        flat = to_array(reading.tensor, f"{field}.tensor")
+    else:
+        raise PayloadError(f"carries {kind or 'no value'}, expected scalars or tensor", field=field)
+    if flat.size != math.prod(shape):
+        raise PayloadError(f"{flat.size} values, expected {list(shape)}", field=f"{field}.{kind}")
+    with np.errstate(over="ignore"):  # a double too large becomes infinite, and is refused below
+        values = flat.astype(np.float32).reshape(tuple(shape))
+    if not np.isfinite(values).all():
+        raise PayloadError("a value is not finite", field=f"{field}.{kind}")
+    return values
+
+
+def check_identity(device: str, epoch: bytes, reading: SensorData, field: str = "reading") -> None:
+    """Refuse a reading that names another owner than its message, or a reference that is too long.
+
+    Raises:
+        PayloadError: naming the field.
+    """
+    if reading.device not in ("", device):
+        raise PayloadError(f"{reading.device!r} inside a message of {device!r}", field=f"{field}.device")
+    if reading.epoch not in (b"", epoch):
+        raise PayloadError("differs from the message's epoch", field=f"{field}.epoch")
+    if len(reading.reference.encode()) > MAX_REFERENCE_BYTES:
+        raise PayloadError(f"longer than {MAX_REFERENCE_BYTES} bytes", field=f"{field}.reference")
+
+
+def check_epoch(epoch: bytes) -> None:
+    """Refuse an epoch that is not 128 bits.
+
+    Raises:
+        PayloadError: naming the field.
+    """
+    if len(epoch) != EPOCH_BYTES:
+        raise PayloadError(f"{len(epoch)} bytes, expected {EPOCH_BYTES}", field="epoch")
