@@ -21,7 +21,15 @@ class PayloadError(ShoalError):
 
 
 class LinkError(ShoalError):
-    """The transport failed or refused: back off and retry."""
+    """The transport failed or refused: back off and retry, unless the refusal is permanent.
+
+    Attributes:
+        permanent: the broker would refuse the same message again: quarantine it.
+    """
+
+    def __init__(self, message: str, *, permanent: bool = False) -> None:
+        super().__init__(message)
+        self.permanent = permanent
 
 
 class ModelError(ShoalError):

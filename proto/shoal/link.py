@@ -41,6 +41,9 @@ _MICROSECONDS = 1_000_000
 # A chunk of 64 KiB and its topic must pass; MEASURED on Mosquitto: a smaller limit loses chunks silently.
 _SMALLEST_USEFUL_PACKET = 66_000
 
+# Not authorized, topic name invalid, packet too large, payload format invalid: MQTT 5, section 2.4.
+_PERMANENT = frozenset({0x87, 0x90, 0x95, 0x99})
+
 Done = Callable[[LinkError | None], None]
 
 
@@ -320,7 +323,9 @@ class Link:
         if client is not self._client:
             return
         done = self._pending.pop(mid, None)
-        error = LinkError(f"the broker refused: {reason}") if reason.is_failure else None
+        error = None
+        if reason.is_failure:
+            error = LinkError(f"the broker refused: {reason}", permanent=reason.value in _PERMANENT)
         if error is not None:
             self.counters["refused_publishes"] += 1
         if done is not None:

@@ -4,7 +4,7 @@ Invariants:
 - an item is accepted when the transaction that holds it has been committed with `synchronous=FULL`, not before;
 - the counters move in the same transaction as the items: accepted = settled + dropped + waiting, at every commit;
 - the same key is accepted once while it waits; what was settled is remembered by whoever settled it;
-- rows and bytes are bounded; what does not fit is refused and counted, the oldest stays.
+- rows and bytes are bounded; what does not fit is refused, the oldest stays.
 
 When to send again is decided in memory: after a restart everything that waits is due, and is a replay.
 """
@@ -124,17 +124,18 @@ class Outbox:
     # -- in ----------------------------------------------------------------------------------------------------------
 
     def put(self, item: Item) -> bool:
-        """Take an item for the next commit. False when there is no room (counted) or the key waits already."""
+        """Take an item for the next commit. False when there is no room; the same key twice is taken once."""
         if item.key in self._waiting or item.key in self._new:
-            return False
-        size = len(item.payload)
-        full = len(self._waiting) + len(self._new) >= self._limits.max_items
-        if full or self._bytes + size > self._limits.max_bytes:
-            self.count(item.key.device, "refused.full")
+            return True
+        if self.room() <= 0 or self._bytes + len(item.payload) > self._limits.max_bytes:
             return False
         self._new[item.key] = item
-        self._bytes += size
+        self._bytes += len(item.payload)
         return True
+
+    def room(self) -> int:
+        """How many more items fit, if their bytes do."""
+        return self._limits.max_items - len(self._waiting) - len(self._new)
 
     def settle(self, key: Key, outcome: str) -> bool:
         """Let an item go with the next commit; `outcome` is the counter that it moves to. False when it is not here."""

@@ -1,0 +1,143 @@
+"""The agent: one device as a process."""
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from device_agent.device import Device, DeviceConfig
+from device_agent.policy import PolicyConfig
+from device_agent.readings import Reading
+from device_agent.runtime import runtime_name
+from device_agent.sources import CsvSource, Source
+from shoal.config import BrokerSettings, link_config
+from shoal.delivery.outbox import Limits, Outbox
+from shoal.errors import ConfigError
+from shoal.link import Link
+from shoal.link_config import node_identity
+from shoal.loop import Loop
+from shoal.release.client import UpdateClient
+from shoal.release.offer import NodeModel
+from shoal.release.selftest import ChildSelfTest
+from shoal.release.trust import TrustStore
+from shoal.v1.release_pb2 import Tier
+
+log = logging.getLogger(__name__)
+
+_TICK_S = 0.1
+_SESSION_EXPIRY_S = 86_400
+
+
+class CsvSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The `[source]` table: a CSV file to replay."""
+
+    path: str
+    columns: list[str]
+    rate_hz: float = 1.0
+
+
+class AgentSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The agent's TOML file; see docs/devices.md."""
+
+    site: str
+    node: str
+    model: str
+    data_dir: str
+    trusted_root: str
+    source: CsvSettings
+    broker: BrokerSettings = msgspec.field(default_factory=BrokerSettings)
+    change_threshold: float = 0.0
+    change_adapt: float = 0.0
+    audit_share: float = 0.005
+    max_share: float = 0.2
+    max_per_minute: int = 600
+    answer_within_ms: int = 0
+    retry_after_s: float = 10.0
+    outbox_items: int = 20_000
+    outbox_bytes: int = 64 << 20
+    state_interval_s: float = 60.0
+    probation_s: float = 10.0
+
+    def device_config(self) -> DeviceConfig:
+        return DeviceConfig(
+            site=self.site,
+            node=self.node,
+            model=self.model,
+            change_threshold=self.change_threshold,
+            change_adapt=self.change_adapt,
+            policy=PolicyConfig(self.audit_share, self.max_share, self.max_per_minute),
+            answer_within_ms=self.answer_within_ms,
+            retry_after_s=self.retry_after_s,
+            state_interval_s=self.state_interval_s,
+        )
+
+
+class _Pump:
+    """Reads the source at its rate, commits, sends."""
+
+    def __init__(self, device: Device, outbox: Outbox, source: Source) -> None:
+        self._device = device
+        self._outbox = outbox
+        self._readings: Iterator[Reading] = iter(source)
+        self.is_dry = False
+
+    def read(self, now: float) -> None:
+        reading = None if self.is_dry else next(self._readings, None)
+        if reading is None:
+            self.is_dry = True
+        else:
+            self._device.read(reading, now)
+
+    def tick(self, now: float) -> None:
+        self._outbox.commit()
+        self._device.tick(now)
+
+
+def run(settings: AgentSettings, *, until_dry: bool = False) -> None:
+    """Serve until SIGINT or SIGTERM, or with `until_dry` until the source has ended and all is answered.
+
+    Raises:
+        ConfigError: a file that the settings name is missing or unusable.
+    """
+    directory = Path(settings.data_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        root = Path(settings.trusted_root).read_bytes()
+    except OSError as exc:
+        raise ConfigError(f"trusted_root {settings.trusted_root}: {exc.strerror}") from exc
+    loop = Loop()
+    rng = random.SystemRandom()
+    link = Link(
+        link_config(settings.broker, session_expiry_s=_SESSION_EXPIRY_S),
+        node_identity(settings.site, settings.node, "device"),
+    )
+    outbox = Outbox(directory / "outbox.sqlite", Limits(settings.outbox_items, settings.outbox_bytes))
+    device = Device(settings.device_config(), link, outbox, rng=rng, clock=loop.clock)
+    counters: Counter[str] = Counter()
+    updates = UpdateClient(
+        link,
+        TrustStore(directory / "trust", root),
+        directory / "models",
+        [NodeModel(settings.model, Tier.TIER_DEVICE, runtime_name(), settings.probation_s)],
+        node=settings.node,
+        self_test=ChildSelfTest("device_agent.runtime"),
+        activate=device.activate,
+        rng=rng,
+        counters=counters,
+    )
+    device.model_states = updates.state
+    updates.start()
+    pump = _Pump(device, outbox, CsvSource(Path(settings.source.path), settings.source.columns))
+    link.attach(loop)
+    loop.call_every(_TICK_S, updates.tick)
+    loop.call_every(_TICK_S, pump.tick)
+    loop.call_every(1.0 / settings.source.rate_hz, pump.read)
+    with loop.stopping_on_signals():
+        loop.run(until=lambda: until_dry and pump.is_dry and not outbox.in_flight and not outbox.is_dirty)
+    updates.close()
+    outbox.close()
+    link.close()
+    loop.close()

@@ -1,0 +1,320 @@
+"""One device: readings in, the easy ones answered here, the hard ones asked, none lost on the way.
+
+Invariants:
+- every reading ends in exactly one of the counters kept.*, accepted or dropped.full, in the outbox's own transactions;
+- a question leaves the outbox only when the gateway's reply settles it, or a refusal that would be repeated does;
+- the application hears the device's own answer at once and the gateway's when it comes.
+"""
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from device_agent.change import ChangeDetector
+from device_agent.policy import Choice, PolicyConfig, UploadPolicy
+from device_agent.readings import AnsweredBy, Outcome, Reading
+from device_agent.runtime import load
+from shoal.codec import EPOCH_BYTES
+from shoal.commands import CommandDesk
+from shoal.delivery.outbox import Item, Key, Outbox, group_by_model
+from shoal.errors import LinkError, ModelError
+from shoal.inbox import Delivery
+from shoal.link import Link
+from shoal.release.selftest import Runtime
+from shoal.routes import Route
+from shoal.scoring import scale, score_rows
+from shoal.state import Report, StateReporter
+from shoal.v1 import inference_pb2 as pb
+from shoal.v1.node_pb2 import ModelState
+from shoal.v1.release_pb2 import Artefact, ReleaseSpec, Tier
+from shoal.v1.sensor_pb2 import Scalars, SensorData, TimeQuality
+
+log = logging.getLogger(__name__)
+
+_SEQ_BLOCK = 256
+_REASONS = {
+    Choice.ASK_SCORE: pb.ASK_REASON_SCORE,
+    Choice.ASK_NO_MODEL: pb.ASK_REASON_NO_MODEL,
+    Choice.ASK_AUDIT: pb.ASK_REASON_AUDIT,
+}
+# Never to be answered: asking again would bring the same reply.
+_SETTLED = {pb.STATUS_OK: "answered", pb.STATUS_INVALID_ARGUMENT: "quarantined"}
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceConfig:
+    """One device's settings; see docs/devices.md.
+
+    Attributes:
+        answer_within_ms: how long the application waits for the gateway's answer; 0 is no hurry.
+        retry_after_s: a question without a reply is asked again after this; also its message expiry.
+        linger_s: questions wait this long for company in one message.
+        max_rows: of one message.
+    """
+
+    site: str
+    node: str
+    model: str
+    change_threshold: float = 0.0
+    change_adapt: float = 0.0
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    answer_within_ms: int = 0
+    retry_after_s: float = 10.0
+    linger_s: float = 0.0
+    max_rows: int = 32
+    state_interval_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class _ActiveModel:
+    spec: ReleaseSpec
+    artefact: Artefact
+    runtime: Runtime
+
+
+class Device:
+    """Everything of a device but its process: the agent drives one, the simulator thousands, on one loop.
+
+    Args:
+        lane: the outbox's lane for this device's link.
+        on_outcome: the application.
+
+    Attributes:
+        model_states: what the update client says of the slots, for NodeState.
+    """
+
+    def __init__(
+        self,
+        config: DeviceConfig,
+        link: Link,
+        outbox: Outbox,
+        *,
+        rng: random.Random,
+        clock: Callable[[], float],
+        lane: str = "",
+        on_outcome: Callable[[Outcome], None] = lambda _: None,
+    ) -> None:
+        self.config = config
+        self.link = link
+        self.model_states: Callable[[], list[ModelState]] = list
+        self._outbox = outbox
+        self._lane = lane
+        self._rng = rng
+        self._clock = clock
+        self._on_outcome = on_outcome
+        self._change = ChangeDetector(config.change_threshold, config.change_adapt)
+        self._policy = UploadPolicy(config.policy)
+        self._active: _ActiveModel | None = None
+        self._epoch = outbox.epoch(config.node)
+        self._seqs = iter(range(0))
+        self._asked_at: dict[int, float] = {}
+        self._send_at: float | None = 0.0
+        self._reporter = StateReporter(link, self._report, interval_s=config.state_interval_s, rng=rng)
+        CommandDesk(link, config.site, config.node, {"report_state": lambda _: self._report_now()})
+        link.subscribe(Route.REPLY, self._on_reply, site=config.site, node=config.node)
+        link.on_connect(self._on_connect)
+
+    # -- the model ---------------------------------------------------------------------------------------------------
+
+    def activate(self, model: str, spec: ReleaseSpec, path: Path) -> None:
+        """Answer with this release from now on.
+
+        Raises:
+            ModelError: it has no artefact for devices, or the runtime refuses it.
+        """
+        artefact = next((item for item in spec.artefacts if item.tier == Tier.TIER_DEVICE), None)
+        if artefact is None:
+            raise ModelError(f"release {spec.release} of {model} has nothing for devices")
+        self._active = _ActiveModel(spec, artefact, load(path))
+        self._reporter.soon()
+
+    @property
+    def release(self) -> int:
+        """The active release; 0 before the first."""
+        return self._active.spec.release if self._active else 0
+
+    # -- a reading ---------------------------------------------------------------------------------------------------
+
+    def read(self, reading: Reading, now: float) -> Outcome:
+        """Take one reading; what it leads to is durable after the outbox's next commit."""
+        seq = self._next_seq()
+        audit = self._policy.is_audit(self._rng.random())
+        self._count("produced")
+        if not self._change.update(reading.values) and not audit:
+            self._count("kept.unchanged")
+            return self._tell(seq, reading, None, "kept.unchanged")
+        answer = self._answer(reading.values)
+        threshold = self._active.artefact.threshold if self._active else 0.0
+        choice = self._policy.decide(None if answer is None else answer.score, threshold, audit=audit, now=now)
+        if choice.is_ask:
+            self._ask(seq, reading, answer, choice, now)
+        else:
+            self._count(choice.value)
+        return self._tell(seq, reading, answer, choice.value)
+
+    def _answer(self, values: NDArray[np.float32]) -> pb.Answer | None:
+        if self._active is None:
+            return None
+        spec = self._active.spec
+        try:
+            scaled = scale(values.reshape((1, *spec.input.shape)), spec.input)
+            scores = score_rows(spec.score, scaled, self._active.runtime.run(scaled))
+        except (ModelError, ValueError) as exc:
+            # A reading that the model cannot take is the gateway's to judge; it answers with the field at fault.
+            self._count("model_errors")
+            log.debug("no answer node=%s error=%s", self.config.node, exc)
+            return None
+        answer = pb.Answer(release=spec.release, score=float(scores.scores[0]))
+        if scores.labels is not None:
+            answer.label = int(scores.labels[0])
+        return answer
+
+    def _ask(self, seq: int, reading: Reading, answer: pb.Answer | None, choice: Choice, now: float) -> None:
+        data = SensorData(
+            seq=seq,
+            captured_at_us=reading.captured_at_us,
+            time_quality=TimeQuality.TIME_QUALITY_SYNCED,
+            scalars=Scalars(values=reading.values.ravel().tolist()),
+            reference=reading.reference,
+        )
+        row = pb.InferenceRow(reading=data, reason=_REASONS[choice], device_answer=answer)
+        key = Key(self.config.node, self._epoch, seq)
+        if self._outbox.put(Item(key, self.config.model, row.SerializeToString())):
+            self._count(choice.value)
+            self._asked_at[seq] = now
+        else:
+            self._count("dropped.full")
+        if self._send_at is None:
+            self._send_at = now + self.config.linger_s
+
+    # -- questions and replies -----------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        """Send what is due; call it after each commit of the outbox and a few times a second."""
+        self._reporter.tick(now)
+        if not self.link.connected or (self._send_at is not None and now < self._send_at):
+            return
+        self._send_at = None
+        while self.link.room() > 0:
+            taken = self._outbox.take(now, self.config.max_rows, self.config.retry_after_s, self._lane)
+            for (_, _, model, replay), items in group_by_model(taken).items():
+                self._send(model, items, replay=replay, now=now)
+            if len(taken) < self.config.max_rows:
+                return
+
+    def _send(self, model: str, items: list[Item], *, replay: bool, now: float) -> None:
+        keys = [item.key for item in items]
+        request = pb.InferenceRequest(
+            device=self.config.node,
+            epoch=keys[0].epoch,
+            model=model,
+            rows=[pb.InferenceRow.FromString(item.payload) for item in items],
+            answer_within_ms=0 if replay else self.config.answer_within_ms,
+            replay=replay,
+        )
+
+        def done(error: LinkError | None) -> None:
+            if error is None:
+                return
+            if error.permanent:
+                log.error("question refused for ever node=%s rows=%d error=%s", self.config.node, len(keys), error)
+                for key in keys:
+                    self._settle(key, "quarantined")
+            else:
+                self._outbox.make_due(keys, now)
+
+        sent = self.link.publish(
+            Route.INFER,
+            request,
+            correlation=keys[0].seq.to_bytes(8, "big"),
+            # Where the broker still holds it by then, the retry has taken its place.
+            expiry_s=max(1, round(self.config.retry_after_s)),
+            on_done=done,
+            site=self.config.site,
+            node=self.config.node,
+        )
+        if not sent:
+            self._outbox.make_due(keys, now)
+
+    def _on_reply(self, delivery: Delivery) -> None:
+        reply = delivery.message
+        if not isinstance(reply, pb.InferenceReply) or len(reply.epoch) != EPOCH_BYTES:
+            return
+        for row in reply.rows:
+            key = Key(self.config.node, reply.epoch, row.seq)
+            if row.status in _SETTLED:
+                if self._settle(key, _SETTLED[row.status]):
+                    self._hear(row)
+            else:
+                # Not now: the retry that is planned already brings it back.
+                self._count(f"replies.{pb.Status.Name(row.status).removeprefix('STATUS_').lower()}")
+
+    def _hear(self, row: pb.RowReply) -> None:
+        asked_at = self._asked_at.pop(row.seq, None)
+        if row.status != pb.STATUS_OK:
+            log.warning(
+                "reading refused node=%s seq=%d field=%s: %s", self.config.node, row.seq, row.field, row.message
+            )
+            return
+        if asked_at is not None:
+            self._on_outcome(
+                Outcome(
+                    row.seq,
+                    "",
+                    AnsweredBy.GATEWAY,
+                    row.answer.release,
+                    row.answer.score,
+                    row.answer.label if row.answer.HasField("label") else None,
+                    "answered",
+                    self._clock() - asked_at,
+                )
+            )
+
+    def _settle(self, key: Key, outcome: str) -> bool:
+        if outcome != "answered":
+            self._asked_at.pop(key.seq, None)
+        return self._outbox.settle(key, outcome)
+
+    # -- small parts -----------------------------------------------------------------------------------------------
+
+    def _next_seq(self) -> int:
+        seq = next(self._seqs, None)
+        if seq is None:
+            self._seqs = iter(self._outbox.reserve_seqs(self.config.node, _SEQ_BLOCK))
+            seq = next(self._seqs)
+        return seq
+
+    def _tell(self, seq: int, reading: Reading, answer: pb.Answer | None, reason: str) -> Outcome:
+        label = answer.label if answer is not None and answer.HasField("label") else None
+        outcome = Outcome(
+            seq,
+            reading.reference,
+            AnsweredBy.NOBODY if answer is None else AnsweredBy.DEVICE,
+            0 if answer is None else answer.release,
+            0.0 if answer is None else answer.score,
+            label,
+            reason,
+        )
+        self._on_outcome(outcome)
+        return outcome
+
+    def _count(self, name: str) -> None:
+        self._outbox.count(self.config.node, name)
+
+    def _report(self) -> Report:
+        counters: Counter[str] = self._outbox.counters(self.config.node)
+        counters.update(self.link.counters)
+        return Report(counters, self.model_states())
+
+    def _report_now(self) -> str:
+        self._reporter.soon()
+        return "state follows"
+
+    def _on_connect(self) -> None:
+        self._send_at = 0.0

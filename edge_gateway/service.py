@@ -1,0 +1,130 @@
+"""The gateway as a process: one loop, one link, one outbox, and the update client that brings its models."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from edge_gateway.cache import CacheConfig
+from edge_gateway.engine import runtime_name
+from edge_gateway.gateway import Gateway, GatewayConfig
+from shoal.config import BrokerSettings, link_config
+from shoal.delivery.outbox import Limits, Outbox
+from shoal.errors import ConfigError
+from shoal.link import Link
+from shoal.link_config import LinkConfig, node_identity
+from shoal.loop import Loop
+from shoal.release.client import UpdateClient
+from shoal.release.offer import NodeModel
+from shoal.release.selftest import ChildSelfTest
+from shoal.release.trust import TrustStore
+from shoal.v1.release_pb2 import Tier
+
+_TICK_S = 0.05
+# What a gateway missed while it was away is sent again by the devices: no session.
+SESSION_EXPIRY_S = 0
+
+
+class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The gateway's TOML file; see docs/gateway.md."""
+
+    site: str
+    node: str
+    models: list[str]
+    data_dir: str
+    trusted_root: str
+    broker: BrokerSettings = msgspec.field(default_factory=BrokerSettings)
+    devices: list[str] = []
+    max_batch_size: int = 32
+    max_delay_ms: float = 0.0
+    cache_bytes: int = 16 << 20
+    outbox_items: int = 200_000
+    outbox_bytes: int = 1 << 30
+    state_interval_s: float = 60.0
+    sample_linger_s: float = 0.5
+    retry_after_s: float = 10.0
+    probation_s: float = 10.0
+
+    def gateway_config(self) -> GatewayConfig:
+        return GatewayConfig(
+            site=self.site,
+            node=self.node,
+            models=self.models,
+            devices=self.devices,
+            max_batch_size=self.max_batch_size,
+            max_delay_s=self.max_delay_ms / 1000,
+            cache=CacheConfig(max_bytes=self.cache_bytes),
+            state_interval_s=self.state_interval_s,
+            sample_linger_s=self.sample_linger_s,
+            retry_after_s=self.retry_after_s,
+        )
+
+
+def run(settings: GatewaySettings) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Raises:
+        ConfigError: a file that the settings name is missing.
+    """
+    directory = Path(settings.data_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        root = Path(settings.trusted_root).read_bytes()
+    except OSError as exc:
+        raise ConfigError(f"trusted_root {settings.trusted_root}: {exc.strerror}") from exc
+    loop = Loop()
+    rng = random.SystemRandom()
+    link = open_link(link_config(settings.broker, session_expiry_s=SESSION_EXPIRY_S), settings.site, settings.node)
+    outbox = Outbox(directory / "outbox.sqlite", Limits(settings.outbox_items, settings.outbox_bytes))
+    gateway = Gateway(settings.gateway_config(), link, outbox, rng=rng, clock=loop.clock)
+    updates = UpdateClient(
+        link,
+        TrustStore(directory / "trust", root),
+        directory / "models",
+        [NodeModel(model, Tier.TIER_GATEWAY, runtime_name(), settings.probation_s) for model in settings.models],
+        node=settings.node,
+        self_test=ChildSelfTest("edge_gateway.engine"),
+        activate=gateway.activate,
+        rng=rng,
+        counters=gateway.counters,
+    )
+    gateway.model_states = updates.state
+    updates.start()
+    loop.call_every(_TICK_S, updates.tick)
+    try:
+        serve(gateway, loop)
+    finally:
+        updates.close()
+        outbox.close()
+
+
+def open_link(config: LinkConfig, site: str, node: str) -> Link:
+    return Link(config, node_identity(site, node, "gateway"))
+
+
+def serve(gateway: Gateway, loop: Loop) -> None:
+    """Drive a gateway on the loop until it is stopped."""
+    gateway.link.attach(loop)
+    loop.call_every(_TICK_S, gateway.tick)
+    loop.on_idle(_flusher(gateway, loop))
+    with loop.stopping_on_signals():
+        loop.run()
+    gateway.flush(loop.clock())
+    gateway.link.close()
+    loop.close()
+
+
+def _flusher(gateway: Gateway, loop: Loop) -> Callable[[float], None]:
+    """Flush when idle, and wake the loop when rows that wait for company have waited long enough."""
+    planned: float | None = None
+
+    def flush(now: float) -> None:
+        nonlocal planned
+        gateway.flush(now)
+        due = gateway.due_at()
+        if due is not None and due != planned:
+            planned = due
+            loop.call_at(due, gateway.flush)
+
+    return flush

@@ -1,0 +1,67 @@
+"""Tells the fleet how a node is: at birth, when asked, and again at a jittered interval."""
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from shoal.link import Link
+from shoal.routes import Route
+from shoal.v1.node_pb2 import ModelState, NodeState
+from shoal.v1.sensor_pb2 import TIME_QUALITY_SUSPECT, TIME_QUALITY_SYNCED
+
+# DESIGN section 2: again at a jittered interval of at most 10 minutes.
+MAX_INTERVAL_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a node says of itself; counters are monotonic."""
+
+    counters: Counter[str]
+    models: Sequence[ModelState] = ()
+    clock_suspect: bool = False
+
+
+class StateReporter:
+    """Publishes `NodeState` on the link's own state topic. Call `tick` at least once a second."""
+
+    def __init__(
+        self, link: Link, report: Callable[[], Report], *, interval_s: float = MAX_INTERVAL_S, rng: random.Random
+    ) -> None:
+        if not 0 < interval_s <= MAX_INTERVAL_S:
+            raise ValueError(f"state interval {interval_s} s, expected more than 0 and at most {MAX_INTERVAL_S}")
+        self._link = link
+        self._report = report
+        self._interval_s = interval_s
+        self._rng = rng
+        self._due: float | None = None
+        link.on_connect(self.soon)
+        self.soon()
+
+    def soon(self) -> None:
+        """Publish at the next tick."""
+        self._due = None
+
+    def tick(self, now: float) -> None:
+        if self._due is not None and now < self._due:
+            return
+        if self._publish():
+            # Half to all of the interval: nodes that came back together do not stay together.
+            self._due = now + self._interval_s * self._rng.uniform(0.5, 1.0)
+
+    def _publish(self) -> bool:
+        report = self._report()
+        route, segments = self._link.identity.presence
+        state = NodeState(
+            at_us=int(time.time() * 1e6),
+            role=self._link.identity.role,
+            version=self._link.identity.version,
+            counters=dict(report.counters),
+            models=report.models,
+            time_quality=TIME_QUALITY_SUSPECT if report.clock_suspect else TIME_QUALITY_SYNCED,
+        )
+        if route is Route.PRESENCE:
+            return self._link.publish(Route.STATE, state, site=segments["site"], node=segments["node"])
+        return self._link.publish(Route.CLOUD_STATE, state, service=segments["service"])
