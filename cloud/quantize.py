@@ -1,0 +1,110 @@
+"""Static int8 after training. Each recipe is the one that measured fast and right in the runtime it is for."""
+
+import contextlib
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+from ai_edge_litert.interpreter import Interpreter
+from ai_edge_quantizer import algorithm_manager, calibrator, qtyping, quantizer, recipe_manager
+from ai_edge_quantizer.utils import qsv_utils
+from numpy.typing import NDArray
+from onnxruntime import quantization as ort_quantization
+
+_CALIBRATION_BATCH = 32
+# Kept float32, so that no device must quantize and saturate for itself.
+_BOUNDARY = (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT)
+
+
+def calibration_rows(rows: NDArray[np.float32], count: int, seed: int) -> NDArray[np.float32]:
+    """Draw rows at random, without repeats: (min(count, n), *shape). In order they would be of a few classes only."""
+    chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
+    return rows[chosen]
+
+
+def quantize_onnx(model: bytes, rows: NDArray[np.float32]) -> bytes:
+    """Quantize for ONNX Runtime on x86: signed per-channel weights, unsigned activations (signed ones do not fuse).
+
+    Args:
+        model: float ONNX with one input called `input`.
+        rows: (n, *shape) scaled; what does not fill the last batch is left out, since ragged batches crash calibrators.
+    """
+    reader = _BatchReader(rows)
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        path = Path(folder) / "int8.onnx"
+        ort_quantization.quantize_static(
+            onnx.load_from_string(model),
+            path,
+            reader,
+            quant_format=ort_quantization.QuantFormat.QDQ,
+            activation_type=ort_quantization.QuantType.QUInt8,
+            weight_type=ort_quantization.QuantType.QInt8,
+            per_channel=True,
+        )
+        return path.read_bytes()
+
+
+class _BatchReader(ort_quantization.CalibrationDataReader):  # type: ignore[misc] # untyped base
+    def __init__(self, rows: NDArray[np.float32]) -> None:
+        size = min(_CALIBRATION_BATCH, len(rows))
+        self._batches = iter([rows[start : start + size] for start in range(0, len(rows) - size + 1, size)])
+
+    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        batch = next(self._batches, None)
+        return None if batch is None else {"input": batch}
+
+
+def quantize_tflite(model: bytes, rows: NDArray[np.float32]) -> bytes:
+    """Quantize for LiteRT and tflite-runtime; inputs and outputs stay float32, quantized inside the graph.
+
+    Args:
+        model: float TFLite with one signature of one input, batch 1.
+        rows: (n, *shape) scaled.
+    """
+    recipe = _int8_recipe()
+    with _quiet():
+        # The default, a moving average of each row's range, clips what calibration has seen.
+        calibration = calibrator.Calibrator(model, num_threads=1, qsv_update_func=qsv_utils.min_max_update)
+        calibration.calibrate(_signature_rows(model, rows), recipe)
+        quantized = quantizer.Quantizer(model, recipe.get_quantization_recipe()).quantize(
+            calibration.get_model_qsvs(), enable_progress_report=False
+        )
+    return bytes(quantized.quantized_model)
+
+
+def _int8_recipe() -> recipe_manager.RecipeManager:
+    manager = recipe_manager.RecipeManager()
+    manager.add_static_config(".*", qtyping.TFLOperationName.ALL_SUPPORTED, activation_num_bits=8, weight_num_bits=8)
+    for end in _BOUNDARY:
+        manager.add_quantization_config(".*", end, algorithm_key=algorithm_manager.AlgorithmName.NO_QUANTIZE)
+    return manager
+
+
+def _signature_rows(model: bytes, rows: NDArray[np.float32]) -> dict[str, list[dict[str, NDArray[np.float32]]]]:
+    ((name, tensors),) = Interpreter(model_content=model).get_signature_list().items()
+    (input_name,) = tensors["inputs"]
+    return {name: [{input_name: row[np.newaxis]} for row in rows]}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep progress bars and advice off the terminal; what goes wrong is raised."""
+    root_log = logging.getLogger()
+    level = root_log.level
+    root_log.setLevel(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            # Calibration needs every tensor, and says so each time.
+            warnings.filterwarnings("ignore", "Warning: Enabling `experimental_preserve_all_tensors`", UserWarning)
+            yield
+    finally:
+        root_log.setLevel(level)

@@ -1,0 +1,230 @@
+"""TUF metadata as values: built, signed, verified and advanced. Pure but for the signers that are passed in.
+
+Invariants:
+- a `Generation` is complete and consistent: its timestamp names its snapshot, which names its role files, by digest;
+- versions only go up;
+- a role delivers only under its own paths, and the top-level targets role delivers nothing itself.
+"""
+
+import datetime as dt
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from securesystemslib.signer import Signer
+from shoal.errors import TrustError
+from shoal.release.trust import SIGNED_AT_FIELD, model_role
+from tuf.api.exceptions import RepositoryError
+from tuf.api.metadata import (
+    DelegatedRole,
+    Delegations,
+    Metadata,
+    MetaFile,
+    Root,
+    Snapshot,
+    TargetFile,
+    Targets,
+    Timestamp,
+)
+from tuf.api.serialization.json import JSONSerializer
+
+from cloud.keys import KeyStore, public_keys
+
+ROLLOUT = "rollout"
+S = TypeVar("S", Root, Targets, Snapshot, Timestamp)
+
+_SERIALIZER = JSONSerializer(compact=True)
+
+# How long a node that nobody reaches may still converge; see DESIGN section 4.5.
+LIFETIMES = {
+    "timestamp": dt.timedelta(days=30),
+    "snapshot": dt.timedelta(days=90),
+    "targets": dt.timedelta(days=365),
+    "root": dt.timedelta(days=365),
+}
+_RENEW_AFTER = 3  # a third of its life
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Everything that one timestamp vouches for, as signed bytes.
+
+    Attributes:
+        roots: every root since the first, in order, so that a node of any age can follow.
+        roles: `targets` and what it delegates to.
+    """
+
+    roots: tuple[bytes, ...]
+    roles: Mapping[str, bytes]
+    snapshot: bytes
+    timestamp: bytes
+
+    def files(self) -> dict[str, bytes]:
+        """Metadata files under the names that a TUF client asks for, without the timestamp."""
+        named = {f"{number}.root.json": data for number, data in enumerate(self.roots, 1)}
+        for role, data in self.roles.items():
+            named[f"{_parse_targets(data).signed.version}.{role}.json"] = data
+        named[f"{snapshot_of(self).version}.snapshot.json"] = self.snapshot
+        return named
+
+    def targets(self) -> dict[str, TargetFile]:
+        """Every file that any role delivers."""
+        return {path: info for data in self.roles.values() for path, info in parse_role(data).targets.items()}
+
+
+def parse_role(data: bytes) -> Targets:
+    """Read signed metadata of a targets role; signatures are not looked at.
+
+    Raises:
+        TrustError: it is something else.
+    """
+    return _parse_targets(data).signed
+
+
+def snapshot_of(generation: Generation) -> Snapshot:
+    return Metadata[Snapshot].from_bytes(generation.snapshot).signed
+
+
+def timestamp_of(generation: Generation) -> Timestamp:
+    return Metadata[Timestamp].from_bytes(generation.timestamp).signed
+
+
+def first_generation(keys: KeyStore, models: Iterable[str], now: dt.datetime, *, root_threshold: int = 1) -> Generation:
+    """Sign version 1 of everything: no releases, no plans."""
+    root = Root(version=1, expires=_expiry("root", now), consistent_snapshot=True)
+    for role in ("root", "targets", "snapshot", "timestamp"):
+        for key in public_keys(keys, role):
+            root.add_key(key, role)
+    root.roles["root"].threshold = root_threshold
+    roles = {
+        "targets": _sign(_delegating_targets(keys, sorted(models), now), keys.signers("targets")),
+        ROLLOUT: sign_role(keys.signers(ROLLOUT), 1, {}, now),
+        **{model_role(model): sign_role(keys.signers(model_role(model)), 1, {}, now) for model in sorted(models)},
+    }
+    empty = Generation((_sign(root, keys.signers("root")),), roles, b"", b"")
+    return _resign(empty, keys, now, snapshot_version=1, timestamp_version=1)
+
+
+def sign_role(signers: list[Signer], version: int, targets: Mapping[str, TargetFile], now: dt.datetime) -> bytes:
+    """Sign what a role delivers."""
+    return _sign(Targets(version=version, expires=_expiry("targets", now), targets=dict(targets)), signers)
+
+
+def target_file(path: str, data: bytes) -> TargetFile:
+    return TargetFile.from_data(path, data, ["sha256"])
+
+
+def verify_role(generation: Generation, role: str, data: bytes, now: dt.datetime) -> Targets:
+    """Check a delegated role's new metadata against the delegation and what is published.
+
+    Raises:
+        TrustError: unknown role, bad signature, old version, expired, or a path that it may not deliver.
+    """
+    delegator = parse_role(generation.roles["targets"])
+    signed = _parse_targets(data)
+    delegated = (delegator.delegations.roles or {}).get(role) if delegator.delegations else None
+    if delegated is None:
+        raise TrustError(f"role {role} is not delegated to")
+    try:
+        delegator.verify_delegate(role, signed.signed_bytes, signed.signatures)
+    except RepositoryError as exc:
+        raise TrustError(f"role {role}: {exc}") from exc
+    published = parse_role(generation.roles[role]).version
+    if signed.signed.version <= published:
+        raise TrustError(f"role {role}: version {signed.signed.version}, {published} is published")
+    if signed.signed.is_expired(now) or signed.signed.delegations is not None:
+        raise TrustError(f"role {role}: expired, or delegates further")
+    for path in signed.signed.targets:
+        if not delegated.is_delegated_path(path):
+            raise TrustError(f"role {role} may not deliver {path}")
+    return signed.signed
+
+
+def advance(generation: Generation, role: str, data: bytes, keys: KeyStore, now: dt.datetime) -> Generation:
+    """Take in a role's verified metadata: a new snapshot and a new timestamp."""
+    changed = replace(generation, roles={**generation.roles, role: data})
+    return _resign(
+        changed,
+        keys,
+        now,
+        snapshot_version=snapshot_of(generation).version + 1,
+        timestamp_version=timestamp_of(generation).version + 1,
+    )
+
+
+def renew(generation: Generation, keys: KeyStore, now: dt.datetime) -> Generation | None:
+    """Sign snapshot and timestamp again when a third of the life of either is over; None when there is no need."""
+    timestamp, snapshot = timestamp_of(generation), snapshot_of(generation)
+    if not _is_due("snapshot", snapshot.expires, now):
+        if not _is_due("timestamp", timestamp.expires, now):
+            return None
+        return replace(
+            generation, timestamp=_sign_timestamp(generation, snapshot.version, timestamp.version + 1, keys, now)
+        )
+    return _resign(
+        generation, keys, now, snapshot_version=snapshot.version + 1, timestamp_version=timestamp.version + 1
+    )
+
+
+def _is_due(role: str, expires: dt.datetime, now: dt.datetime) -> bool:
+    return expires - now < LIFETIMES[role] * (_RENEW_AFTER - 1) / _RENEW_AFTER
+
+
+def _delegating_targets(keys: KeyStore, models: list[str], now: dt.datetime) -> Targets:
+    paths = {ROLLOUT: ["plans/*"]}
+    paths |= {model_role(model): [f"releases/{model}/*", f"models/{model}/*"] for model in models}
+    targets = Targets(version=1, expires=_expiry("targets", now))
+    targets.delegations = Delegations(
+        keys={},
+        roles={role: DelegatedRole(role, [], 1, terminating=True, paths=patterns) for role, patterns in paths.items()},
+    )
+    for role in paths:
+        for key in public_keys(keys, role):
+            targets.add_key(key, role)
+    return targets
+
+
+def _resign(
+    generation: Generation, keys: KeyStore, now: dt.datetime, *, snapshot_version: int, timestamp_version: int
+) -> Generation:
+    meta = {f"{role}.json": _meta_file(parse_role(data).version, data) for role, data in generation.roles.items()}
+    snapshot = Snapshot(version=snapshot_version, expires=_expiry("snapshot", now), meta=meta)
+    changed = replace(generation, snapshot=_sign(snapshot, keys.signers("snapshot")))
+    return replace(changed, timestamp=_sign_timestamp(changed, snapshot_version, timestamp_version, keys, now))
+
+
+def _sign_timestamp(
+    generation: Generation, snapshot_version: int, version: int, keys: KeyStore, now: dt.datetime
+) -> bytes:
+    timestamp = Timestamp(
+        version=version,
+        expires=_expiry("timestamp", now),
+        snapshot_meta=_meta_file(snapshot_version, generation.snapshot),
+        unrecognized_fields={SIGNED_AT_FIELD: int(now.timestamp())},
+    )
+    return _sign(timestamp, keys.signers("timestamp"))
+
+
+def _meta_file(version: int, data: bytes) -> MetaFile:
+    return MetaFile.from_data(version, data, ["sha256"])
+
+
+def _expiry(role: str, now: dt.datetime) -> dt.datetime:
+    return (now + LIFETIMES[role]).replace(microsecond=0)
+
+
+def _sign(signed: S, signers: list[Signer]) -> bytes:
+    metadata: Metadata[S] = Metadata(signed)
+    for signer in signers:
+        metadata.sign(signer, append=True)
+    return metadata.to_bytes(_SERIALIZER)
+
+
+def _parse_targets(data: bytes) -> Metadata[Targets]:
+    try:
+        metadata = Metadata[Targets].from_bytes(data)
+    except RepositoryError as exc:
+        raise TrustError(f"{len(data)} bytes are no metadata: {exc}") from exc
+    if metadata.signed.type != Targets.type:
+        raise TrustError(f"metadata of type {metadata.signed.type}, expected {Targets.type}")
+    return metadata

@@ -1,0 +1,229 @@
+"""What the fleet sent up: samples exactly once, labels beside them, and what was refused.
+
+Invariants:
+- a sample is identified by (device, epoch, seq); the same key with the same bytes is a duplicate, with other bytes it
+  is quarantined, and neither changes what is stored;
+- an insert is one transaction with `synchronous=FULL`: what `add` returned is safe to acknowledge.
+"""
+
+import hashlib
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum, unique
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlite_utils import Database
+
+from cloud.tasks.base import LabelledSamples
+from shoal.errors import PayloadError
+from shoal.tensors import reading_values
+from shoal.v1.sensor_pb2 import SensorData
+
+_BUSY_TIMEOUT_S = 30.0
+
+
+@unique
+class Fate(Enum):
+    """What became of one received sample."""
+
+    STORED = "stored"
+    DUPLICATE = "duplicate"
+    CONFLICT = "conflict"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSample:
+    """One row of the store. Scores and labels are None where there was no answer.
+
+    Attributes:
+        reading: a serialised `shoal.v1.SensorData`.
+        reason: why the device asked, as the enum's number.
+    """
+
+    device: str
+    epoch: bytes
+    seq: int
+    model: str
+    gateway: str
+    reason: int
+    reference: str
+    captured_at_us: int
+    received_at_us: int
+    reading: bytes
+    device_release: int | None
+    device_score: float | None
+    device_label: int | None
+    gateway_release: int | None
+    gateway_score: float | None
+    gateway_label: int | None
+
+    @property
+    def key(self) -> tuple[str, bytes, int]:
+        return self.device, self.epoch, self.seq
+
+    @property
+    def digest(self) -> bytes:
+        """Of what identifies the content: the reading, not when or through whom it came."""
+        return hashlib.sha256(self.model.encode() + b"\0" + self.reading).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLabel:
+    """One person's or teacher's word on one sample; the sample may come later than its label."""
+
+    device: str
+    epoch: bytes
+    seq: int
+    label: int
+    source: int
+    author: str
+    labelled_at_us: int
+
+
+_SAMPLE_COLUMNS = {
+    "device": str,
+    "epoch": bytes,
+    "seq": int,
+    "model": str,
+    "gateway": str,
+    "reason": int,
+    "reference": str,
+    "captured_at_us": int,
+    "received_at_us": int,
+    "reading": bytes,
+    "device_release": int,
+    "device_score": float,
+    "device_label": int,
+    "gateway_release": int,
+    "gateway_score": float,
+    "gateway_label": int,
+    "digest": bytes,
+}
+_KEY = ("device", "epoch", "seq")
+
+
+class SampleStore:
+    """SQLite behind a small interface. One process writes samples, others may read and label."""
+
+    def __init__(self, path: Path) -> None:
+        connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
+        self._db = Database(connection)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db["samples"].create(_SAMPLE_COLUMNS, pk=_KEY, if_not_exists=True)  # type: ignore[union-attr]
+        self._db["labels"].create(  # type: ignore[union-attr]
+            {
+                "device": str,
+                "epoch": bytes,
+                "seq": int,
+                "label": int,
+                "source": int,
+                "author": str,
+                "labelled_at_us": int,
+            },
+            pk=_KEY,
+            if_not_exists=True,
+        )
+        self._db["quarantine"].create(  # type: ignore[union-attr]
+            {"id": int, "gateway": str, "reason": str, "received_at_us": int, "payload": bytes},
+            pk="id",
+            if_not_exists=True,
+        )
+
+    def close(self) -> None:
+        self._db.conn.close()
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    def add(self, samples: Iterable[StoredSample]) -> list[Fate]:
+        """Store what is new, in one transaction; say what became of each."""
+        fates = []
+        insert = f"INSERT INTO samples VALUES ({', '.join('?' * len(_SAMPLE_COLUMNS))})"  # noqa: S608  our own names
+        with self._transaction():
+            for sample in samples:
+                digest = sample.digest
+                found = self._db.execute(
+                    "SELECT digest FROM samples WHERE device = ? AND epoch = ? AND seq = ?", sample.key
+                ).fetchone()
+                if found is None:
+                    self._db.execute(insert, (*_columns(sample), digest))
+                    fates.append(Fate.STORED)
+                else:
+                    fates.append(Fate.DUPLICATE if bytes(found[0]) == digest else Fate.CONFLICT)
+        return fates
+
+    def set_aside(self, gateway: str, reason: str, payload: bytes, received_at_us: int) -> None:
+        """Keep what was refused, for people."""
+        self._db.execute(
+            "INSERT INTO quarantine (gateway, reason, received_at_us, payload) VALUES (?, ?, ?, ?)",
+            (gateway, reason, received_at_us, payload),
+        )
+
+    def add_labels(self, labels: Iterable[StoredLabel]) -> int:
+        """Set labels in one transaction; the last word counts. Returns how many there were."""
+        rows = [
+            (item.device, item.epoch, item.seq, item.label, item.source, item.author, item.labelled_at_us)
+            for item in labels
+        ]
+        with self._transaction():
+            self._db.conn.executemany("INSERT OR REPLACE INTO labels VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        return len(rows)
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def count(self, model: str | None = None) -> int:
+        return self._number("SELECT COUNT(*) FROM samples WHERE ? IS NULL OR model = ?", model, model)
+
+    def count_quarantined(self) -> int:
+        return self._number("SELECT COUNT(*) FROM quarantine")
+
+    def count_labelled(self, model: str) -> int:
+        """Samples of a model that are here and have a label."""
+        return self._number(
+            "SELECT COUNT(*) FROM samples JOIN labels USING (device, epoch, seq) WHERE model = ?", model
+        )
+
+    def references(self) -> Iterator[tuple[str, bytes, int, str]]:
+        """(device, epoch, seq, reference) of every sample, for reconciling."""
+        for device, epoch, seq, reference in self._db.execute("SELECT device, epoch, seq, reference FROM samples"):
+            yield device, bytes(epoch), seq, reference
+
+    def labelled(self, model: str, shape: tuple[int, ...]) -> LabelledSamples | None:
+        """All labelled samples of a model, oldest first; None when there are none.
+
+        Readings that do not fit the shape (an older schema) are left out.
+        """
+        values: list[NDArray[np.float32]] = []
+        labels: list[int] = []
+        query = (
+            "SELECT reading, label FROM samples JOIN labels USING (device, epoch, seq) WHERE model = ?"
+            " ORDER BY received_at_us, device, seq"
+        )
+        for reading, label in self._db.execute(query, (model,)):
+            try:
+                values.append(reading_values(SensorData.FromString(reading), shape))
+            except PayloadError:
+                continue
+            labels.append(label)
+        return LabelledSamples(np.stack(values), np.array(labels, dtype=np.int64)) if values else None
+
+    def _number(self, query: str, *arguments: str | None) -> int:
+        return int(self._db.execute(query, arguments).fetchone()[0])
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+
+def _columns(sample: StoredSample) -> tuple[object, ...]:
+    return tuple(getattr(sample, name) for name in list(_SAMPLE_COLUMNS)[:-1])

@@ -1,0 +1,97 @@
+"""The cloud's processes: each has one loop and one link, and shares the cloud's data directory with the others."""
+
+import datetime as dt
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from cloud import ingest, trainer
+from cloud.keys import FileKeyStore
+from cloud.publisher import Publisher
+from cloud.release_store import ReleaseStore
+from cloud.repository import ROLLOUT, first_generation
+from cloud.sample_store import SampleStore
+from cloud.settings import CloudSettings
+from shoal.config import link_config
+from shoal.link import Link
+from shoal.link_config import service_identity
+from shoal.loop import Loop
+from shoal.release.durable import write_atomic
+from shoal.release.trust import model_role
+from shoal.state import Report, StateReporter
+
+_FAST_S = 0.2
+_SLOW_S = 0.5
+_ROLES = ("root", "targets", "snapshot", "timestamp", ROLLOUT)
+
+
+def init(settings: CloudSettings) -> Path:
+    """Make keys, an empty repository and stores; return the root metadata that nodes are provisioned with.
+
+    Raises:
+        ConfigError: it was done before.
+    """
+    settings.directory.mkdir(parents=True, exist_ok=True)
+    keys = FileKeyStore(settings.keys_dir)
+    models = [model.name for model in settings.models]
+    for role in (*_ROLES, *map(model_role, models)):
+        keys.create(role)
+    releases = ReleaseStore(settings.releases_dir)
+    releases.create(first_generation(keys, models, dt.datetime.now(dt.UTC)))
+    SampleStore(settings.samples_path).close()
+    root = settings.directory / "root.json"
+    write_atomic(root, releases.root())
+    return root
+
+
+def run_ingest(settings: CloudSettings) -> None:
+    """Serve until SIGINT or SIGTERM."""
+    loop, link = _open(settings, ingest.SERVICE)
+    store = SampleStore(settings.samples_path)
+    service = ingest.Ingest(link, store)
+    loop.on_idle(lambda _: service.flush())
+    _serve(settings, loop, link, service.counters)
+    service.flush()
+    store.close()
+
+
+def run_trainer(settings: CloudSettings, config: Path) -> None:
+    """Serve until SIGINT or SIGTERM."""
+    loop, link = _open(settings, trainer.SERVICE)
+    store = SampleStore(settings.samples_path)
+    service = trainer.Trainer(settings, link, store, trainer.process_starter(config))
+    loop.call_every(_SLOW_S, service.tick)
+    try:
+        _serve(settings, loop, link, service.counters)
+    finally:
+        service.close()
+        store.close()
+
+
+def run_publisher(settings: CloudSettings) -> None:
+    """Serve until SIGINT or SIGTERM."""
+    loop, link = _open(settings, "publisher")
+    counters: Counter[str] = Counter()
+    service = Publisher(link, ReleaseStore(settings.releases_dir), FileKeyStore(settings.keys_dir), counters=counters)
+    service.start()
+    link.on_connect(service.on_connect)
+    loop.call_every(_FAST_S, service.tick)
+    _serve(settings, loop, link, counters)
+    service.close()
+
+
+def _open(settings: CloudSettings, service: str) -> tuple[Loop, Link]:
+    return Loop(), Link(link_config(settings.broker, session_expiry_s=0), service_identity(service))
+
+
+def _serve(settings: CloudSettings, loop: Loop, link: Link, counters: Counter[str]) -> None:
+    rng = random.SystemRandom()
+    report: Callable[[], Report] = lambda: Report(counters + link.counters)  # noqa: E731
+    reporter = StateReporter(link, report, interval_s=settings.state_interval_s, rng=rng)
+    link.attach(loop)
+    loop.call_every(_FAST_S, reporter.tick)
+    with loop.stopping_on_signals():
+        loop.run()
+    link.close()
+    loop.close()

@@ -1,0 +1,58 @@
+"""The cloud's one TOML file, and what it names on disk."""
+
+from pathlib import Path
+
+import msgspec
+
+from shoal.config import BrokerSettings
+
+
+class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One `[[models]]` entry: what is trained, when, and for whom.
+
+    Attributes:
+        min_new_labels: a release is made once this many samples were labelled since the last one.
+        max_releases: none after this; 0 is no limit.
+        targets: node patterns of its plan.
+    """
+
+    name: str
+    min_new_labels: int = 200
+    max_releases: int = 0
+    targets: list[str] = ["*"]
+
+
+class CloudSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """See docs/cloud.md."""
+
+    data_dir: str
+    models: list[ModelSettings]
+    broker: BrokerSettings = msgspec.field(default_factory=BrokerSettings)
+    seed: int = 0
+    train_threads: int = 1
+    parallel_builds: int = 2
+    state_interval_s: float = 60.0
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.data_dir)
+
+    @property
+    def samples_path(self) -> Path:
+        return self.directory / "samples.sqlite"
+
+    @property
+    def releases_dir(self) -> Path:
+        return self.directory / "releases"
+
+    @property
+    def keys_dir(self) -> Path:
+        return self.directory / "keys"
+
+    @property
+    def builds_dir(self) -> Path:
+        """Checkpoints while a build runs, and one JSON report for each release."""
+        return self.directory / "builds"
+
+    def model(self, name: str) -> ModelSettings | None:
+        return next((model for model in self.models if model.name == name), None)
