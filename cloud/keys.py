@@ -10,6 +10,7 @@ from typing import Protocol
 
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from securesystemslib.signer import CryptoSigner, Key, Signer
+
 from shoal.errors import ConfigError
 
 _PRIVATE_MODE = 0o600

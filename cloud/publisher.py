@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Protocol
 
 from google.protobuf.message import Message
-from shoal.codec import encode
-from shoal.errors import LinkError, ShoalError
-from shoal.release.chunks import CHUNK_BYTES, digest, manifest_of
-from shoal.routes import Route
-from shoal.v1.release_pb2 import BundleEntry, TrustBundle
 
 from cloud.blob_ledger import BlobLedger
 from cloud.keys import KeyStore
 from cloud.release_orders import checked_files
 from cloud.release_store import Order, ReleaseStore
 from cloud.repository import Generation, advance, renew
+from shoal.codec import encode
+from shoal.errors import LinkError, ShoalError
+from shoal.release.chunks import CHUNK_BYTES, digest, manifest_of
+from shoal.routes import Route
+from shoal.v1.release_pb2 import BundleEntry, TrustBundle
 
 log = logging.getLogger(__name__)
 
@@ -137,10 +137,12 @@ class Publisher:
         """Read what is published.
 
         Raises:
-            ConfigError: the store was never created.
+            ConfigError: the store was never created, or another publisher runs on it.
         """
-        self._ledger = BlobLedger(self._store.directory / "blobs.sqlite")
+        self._store.load()  # refuses a directory that is no store, before a lock file lies there
+        self._lock = self._store.own()
         self._generation = self._store.load()
+        self._ledger = BlobLedger(self._store.directory / "blobs.sqlite")
         self._live = live_set(self._generation, self._store)
         self._ledger.add(self._live.blobs)
         self._forget_connection()
@@ -172,6 +174,7 @@ class Publisher:
     def close(self) -> None:
         self._flush_cleared()
         self._ledger.close()
+        self._lock.close()
 
     # -- orders --------------------------------------------------------------------------------------------------
 

@@ -10,17 +10,17 @@ import datetime as dt
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from tuf.api.metadata import TargetFile, Targets
+
+from cloud.keys import KeyStore
+from cloud.release_store import Order, ReleaseStore
+from cloud.repository import ROLLOUT, Generation, parse_role, sign_role, target_file, verify_role
 from shoal.codec import decode, encode
 from shoal.errors import ConfigError, ModelError, TrustError
 from shoal.release.chunks import CHUNK_BYTES, digest, manifest_of
 from shoal.release.plan import PERMILLE
 from shoal.release.trust import model_role, parse_target, plan_path, spec_path
 from shoal.v1.release_pb2 import Artefact, ModelFormat, ReleaseSpec, RolloutPlan, Tier
-from tuf.api.metadata import TargetFile, Targets
-
-from cloud.keys import KeyStore
-from cloud.release_store import Order, ReleaseStore
-from cloud.repository import ROLLOUT, Generation, parse_role, sign_role, target_file, verify_role
 
 _RELEASE_PATH = re.compile(r"(?:releases|models)/[^/]+/(\d+)[.-][^/]*")
 _PLAN_PATH = re.compile(r"plans/([^/]+)\.plan")

@@ -16,13 +16,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
-from shoal.errors import ConfigError, TrustError
-from shoal.release.chunks import digest
-from shoal.release.durable import sync_directory, write_atomic
 from tuf.api.metadata import Metadata, Snapshot, Timestamp
 
 from cloud.repository import Generation, parse_role
+from shoal.errors import ConfigError, TrustError
+from shoal.release.chunks import digest
+from shoal.release.durable import sync_directory, write_atomic
 
 _DIRECTORIES = ("metadata", "files", "queue", "refused", "tmp")
 
@@ -101,6 +102,20 @@ class ReleaseStore:
         """Return a published file, or None when it is missing or damaged."""
         data = _read_if_there(self.file_path(sha256))
         return data if data is not None and digest(data) == sha256 else None
+
+    def own(self) -> IO[str]:
+        """Become the one publisher of this store, until the returned file is closed or the process ends.
+
+        Raises:
+            ConfigError: another process is.
+        """
+        lock = (self.directory / "publisher.lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            lock.close()
+            raise ConfigError(f"another publisher runs on {self.directory}") from exc
+        return lock
 
     # -- the queue -----------------------------------------------------------------------------------------------
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from securesystemslib.signer import Signer
-from shoal.errors import TrustError
-from shoal.release.trust import SIGNED_AT_FIELD, model_role
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import (
     DelegatedRole,
@@ -29,6 +27,8 @@ from tuf.api.metadata import (
 from tuf.api.serialization.json import JSONSerializer
 
 from cloud.keys import KeyStore, public_keys
+from shoal.errors import TrustError
+from shoal.release.trust import SIGNED_AT_FIELD, model_role
 
 ROLLOUT = "rollout"
 S = TypeVar("S", Root, Targets, Snapshot, Timestamp)

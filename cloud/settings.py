@@ -19,7 +19,7 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     min_new_labels: int = 200
     max_releases: int = 0
-    targets: list[str] = ["*"]
+    targets: list[str] = msgspec.field(default_factory=lambda: ["*"])
 
 
 class CloudSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

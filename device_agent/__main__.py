@@ -1,4 +1,4 @@
-"""python -m device_agent --config agent.toml"""
+"""Entry point: python -m device_agent --config agent.toml."""
 
 import argparse
 import logging

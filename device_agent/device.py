@@ -281,6 +281,15 @@ class Device:
             self._asked_at.pop(key.seq, None)
         return self._outbox.settle(key, outcome)
 
+    def report_soon(self) -> None:
+        """Publish this device's state at the next tick."""
+        self._reporter.soon()
+
+    @property
+    def is_settled(self) -> bool:
+        """The broker has everything that this device had to say, its state included."""
+        return self.link.connected and self.link.is_idle and not self._reporter.is_due
+
     # -- small parts -----------------------------------------------------------------------------------------------
 
     def _next_seq(self) -> int:

@@ -1,4 +1,4 @@
-"""python -m edge_gateway --config gateway.toml"""
+"""Entry point: python -m edge_gateway --config gateway.toml."""
 
 import argparse
 import logging

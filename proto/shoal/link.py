@@ -122,6 +122,11 @@ class Link:
         """How many messages `publish` would take now."""
         return self._window - len(self._pending) if self.connected else 0
 
+    @property
+    def is_idle(self) -> bool:
+        """Every message sent on this connection has been acknowledged by the broker."""
+        return not self._pending
+
     def publish(
         self,
         route: Route,

@@ -44,6 +44,11 @@ class StateReporter:
         """Publish at the next tick."""
         self._due = None
 
+    @property
+    def is_due(self) -> bool:
+        """A report was asked for and has not been published."""
+        return self._due is None
+
     def tick(self, now: float) -> None:
         if self._due is not None and now < self._due:
             return

@@ -203,6 +203,8 @@ class Installer:
         if index is not None:
             self._note_refusal(self._slots.pair[index].content.release, reason)
             self._save(self._slots.fail(index, reason))
+            if self._goal is not None and self._slots.is_refused(self._goal.content):
+                self._abandon()
             self._run_what_is_left()
 
     def _confirm_when_due(self, now: float) -> None:

@@ -95,7 +95,7 @@ class Transfer:
             return False, []
         if len(payload) != want.length_bytes or digest(payload) != sha256:
             self.counters["blobs_bad"] += 1
-            want.due = now + self._delay_s(self._bad_retry_s, want.attempts)
+            want.due = min(want.due, now + self._delay_s(self._bad_retry_s, want.attempts))
             return False, []
         del self._asked[sha256]
         self.counters["blobs_fetched"] += 1

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tuf.api.exceptions import DownloadError, DownloadHTTPError, ExpiredMetadataError, RepositoryError
+from tuf.api.metadata import TargetFile
 from tuf.ngclient.config import UpdaterConfig
 from tuf.ngclient.fetcher import FetcherInterface
 from tuf.ngclient.updater import Updater
@@ -81,6 +82,18 @@ class Target:
     path: str
     sha256: bytes
     length_bytes: int
+
+
+def parse_target(path: str, info: TargetFile) -> Target:
+    """Read what TUF says about a file.
+
+    Raises:
+        TrustError: it is signed without a SHA-256.
+    """
+    try:
+        return Target(path, bytes.fromhex(info.hashes["sha256"]), info.length)
+    except (KeyError, ValueError) as exc:
+        raise TrustError(f"{path} is signed without a SHA-256") from exc
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,10 +279,7 @@ def _find(updater: Updater, path: str) -> Target | None:
     info = updater.get_targetinfo(path)
     if info is None:
         return None
-    sha256 = info.hashes.get("sha256")
-    if sha256 is None:
-        raise TrustError(f"{path} is signed without a SHA-256")
-    return Target(path, bytes.fromhex(sha256), info.length)
+    return parse_target(path, info)
 
 
 def _find_plans(
@@ -280,7 +290,9 @@ def _find_plans(
     for model in sorted(models):
         try:
             found = _find_plan(updater, reader, model)
-        except (RepositoryError, TrustError) as exc:
+        except (RepositoryError, DownloadError, TrustError) as exc:
+            if reader.missing:
+                raise
             refused[model] = str(exc)
             continue
         if found is not None:

@@ -1,0 +1,176 @@
+import hashlib
+import subprocess
+import sys
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cloud import gate
+from cloud.pipeline import CHUNK_BYTES, TIERS, build_release, chunk_digests
+from cloud.tasks import load_task
+from cloud.tasks.base import GateLimits
+from cloud.tasks.datasets import SHUTTLE_SELECT, SHUTTLE_STREAM, digits_images, digits_stream, shuttle_rows
+from shoal.errors import ModelError
+from shoal.scoring import scale, score_rows
+from shoal.tensors import to_array
+from shoal.v1 import release_pb2 as pb
+
+TIER_IDS = {"device": pb.TIER_DEVICE, "gateway": pb.TIER_GATEWAY}
+
+
+def artefact_of(built, tier):
+    (artefact,) = (one for one in built.spec.artefacts if one.tier == tier)
+    return artefact
+
+
+def runner_of(built, tier):
+    artefact = artefact_of(built, tier)
+    return gate.load_runner(built.files[artefact.path], artefact.format)
+
+
+def score_with(built, tier, values):
+    """Score raw readings as a node does that knows nothing but the release."""
+    scaled = scale(values, built.spec.input)
+    return score_rows(built.spec.score, scaled, runner_of(built, tier)(scaled))
+
+
+@pytest.fixture(params=["shuttle", "digits", "retrained"])
+def built(request):
+    return request.getfixturevalue(request.param)
+
+
+def exceeding(built, name, values):
+    """Score raw readings with a shipped artefact and say which ask upwards."""
+    tier = TIER_IDS[name]
+    return score_with(built, tier, values).scores > np.float32(artefact_of(built, tier).threshold)
+
+
+def test_files_are_what_the_spec_describes(built):
+    """Path, digest, length and every chunk belong to the bytes."""
+    assert {artefact.path for artefact in built.spec.artefacts} == set(built.files)
+    for artefact in built.spec.artefacts:
+        content = built.files[artefact.path]
+        name, _, suffix = TIERS[artefact.tier]
+        assert artefact.path == f"models/{built.spec.model}/{built.spec.release}/{name}.{suffix}"
+        assert artefact.sha256 == hashlib.sha256(content).digest()
+        assert artefact.length_bytes == len(content)
+        assert artefact.chunk_bytes == CHUNK_BYTES == 65536
+        assert list(artefact.chunks) == chunk_digests(content)
+
+
+def test_reports_agree_with_what_ships(built):
+    """The report of a tier is about the very bytes in `files`."""
+    metric = "average_precision" if built.spec.model == "shuttle" else "accuracy"
+    for name, tier in TIER_IDS.items():
+        report, artefact = built.reports[name], artefact_of(built, tier)
+        size, measured = (
+            (report.bytes_int8, report.metric_int8) if artefact.int8 else (report.bytes_float, report.metric_float)
+        )
+        assert report.ships == ("int8" if artefact.int8 else "float")
+        assert artefact.length_bytes == size
+        assert built.spec.metrics_ppm[f"{name}_{metric}"] == round(measured * 1e6)
+        assert min(report.latency_float_us, report.latency_int8_us) > 0
+
+
+def test_golden_vectors_accept_the_artefact_and_refuse_another_input(built):
+    """A correct runtime reproduces them; the wrong model or a wrong row does not."""
+    for tier in TIER_IDS.values():
+        golden = artefact_of(built, tier).golden
+        inputs, outputs = to_array(golden.inputs), to_array(golden.outputs)
+        run = runner_of(built, tier)
+        assert len(inputs) == 8
+        assert np.abs(run(inputs) - outputs).max() <= golden.tolerance
+        assert np.abs(run(inputs[::-1].copy()) - outputs).max() > golden.tolerance
+
+
+def test_shuttle_finds_anomalies_on_the_selection_rows(shuttle):
+    """Thresholds keep the promised recall, and the metrics in the spec are those of the shipped pair."""
+    rows = shuttle_rows().take(SHUTTLE_SELECT)
+    device, gateway = (exceeding(shuttle, name, rows.x) for name in TIER_IDS)
+    anomalies = rows.y == 1
+    assert device[anomalies].mean() >= 0.985
+    assert (device & gateway)[anomalies].mean() >= 0.98
+    metrics = shuttle.spec.metrics_ppm
+    assert metrics["device_recall"] == round(device[anomalies].mean() * 1e6)
+    assert metrics["cascade_recall"] == round((device & gateway)[anomalies].mean() * 1e6)
+    assert metrics["device_asked_share"] == round(device.mean() * 1e6)
+    assert metrics["gateway_asked_share"] == round((device & gateway).mean() * 1e6)
+
+
+def test_shuttle_finds_anomalies_in_the_stream(shuttle):
+    """On 37 thousand rows never seen: nearly all anomalies, while few rows are asked."""
+    rows = shuttle_rows().take(SHUTTLE_STREAM)
+    device, gateway = (exceeding(shuttle, name, rows.x) for name in TIER_IDS)
+    assert (device & gateway)[rows.y == 1].mean() >= 0.97
+    assert device.mean() <= 0.10
+
+
+def test_digits_recognise_the_stream_and_ship_int8_to_the_gateway(digits):
+    """Tiny int8 models are good on images never seen, and their thresholds ask for few of them."""
+    stream = digits_images().take(digits_stream())
+    for name, tier in TIER_IDS.items():
+        assert (score_with(digits, tier, stream.x).labels == stream.y).mean() >= 0.96
+        assert 0.01 < exceeding(digits, name, stream.x).mean() < 0.2
+        assert 0 < artefact_of(digits, tier).threshold < 1
+    assert artefact_of(digits, pb.TIER_GATEWAY).int8
+
+
+def test_drift_breaks_the_first_release_and_labels_heal_it(digits, retrained, unseen):
+    """Few labelled samples from the field bring back what a turned camera took, without forgetting the old view."""
+    stream = digits_images().take(digits_stream())
+    for name, tier in TIER_IDS.items():
+        assert (score_with(digits, tier, unseen.x).labels == unseen.y).mean() < 0.6
+        assert exceeding(digits, name, unseen.x).mean() > 0.4
+        assert (score_with(retrained, tier, unseen.x).labels == unseen.y).mean() >= 0.92
+        assert (score_with(retrained, tier, stream.x).labels == stream.y).mean() >= 0.95
+
+
+def test_retrained_release_names_and_beats_its_parent(digits, retrained, labelled):
+    """The parent is scored on the same held-out rows, drifted ones among them."""
+    assert (digits.spec.parent, retrained.spec.parent, retrained.spec.release) == (0, 1, 2)
+    holdout = load_task("digits").prepare(labelled).holdout
+    for name, tier in TIER_IDS.items():
+        report = retrained.reports[name]
+        assert digits.reports[name].metric_parent is None
+        assert report.metric_parent == (score_with(digits, tier, holdout.x).labels == holdout.y).mean()
+        assert report.metric_parent + 0.1 < report.metric_float
+
+
+def test_checkpoints_do_not_outlive_a_release(retrained, digits_workdir):
+    """The work folder stays bounded."""
+    assert retrained.spec.release == 2
+    assert list(digits_workdir.iterdir()) == []
+
+
+def test_release_worse_than_its_limits_is_refused(brief_task, tmp_path):
+    """A bad device model stops the release before the gateway's is trained."""
+
+    class Strict(type(brief_task)):
+        limits = MappingProxyType(dict.fromkeys(TIER_IDS.values(), GateLimits(1.01, 1.0, 1.0)))
+
+    lines = []
+    with pytest.raises(ModelError, match=r"release 3 of digits, device: metric 0\.\d+, expected at least 1\.01"):
+        build_release(Strict(), release=3, parent=None, extra=None, workdir=tmp_path, seed=0, report=lines.append)
+    assert [line.split()[0] for line in lines if "epoch" not in line and "TIER" not in line] == [
+        "train_model",
+        "quantize_model",
+        "gate",
+    ]
+
+
+@given(content=st.binary(max_size=300), size=st.integers(1, 64))
+def test_chunks_cover_the_content_in_order(content, size):
+    """Joined chunks are the content; all but the last are full."""
+    chunks = [content[start : start + size] for start in range(0, len(content), size)]
+    assert b"".join(chunks) == content
+    assert chunk_digests(content, size) == [hashlib.sha256(chunk).digest() for chunk in chunks]
+    assert len(chunk_digests(content, size)) == -(-len(content) // size)
+
+
+def test_importing_the_pipeline_does_not_import_torch():
+    """Whoever only reads a report starts in a fraction of a second."""
+    code = "import sys, cloud.pipeline, cloud.tasks, cloud.tasks.datasets; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,192 @@
+"""The slot state machine, driven at random, and the store that keeps it."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from shoal.errors import ModelError
+from shoal.release.chunks import Assembler, digest, manifest_of
+from shoal.release.slot_store import SlotStore
+from shoal.release.slots import TRANSITIONS, TRIES, Content, Event, Phase, Slot, Slots
+
+pytestmark = pytest.mark.device
+
+
+def content(number: int) -> Content:
+    return Content(number, digest(b"artefact %d" % number), digest(b"spec %d" % number))
+
+
+def confirmed(number: int, slots: Slots = Slots()) -> Slots:  # noqa: B008  frozen
+    return slots.write(content(number)).attempt().pass_test().confirm()
+
+
+def test_table_is_complete_and_literal():
+    """Every pair of phase and event either is in the table or raises and changes nothing."""
+    for phase in Phase:
+        for event in Event:
+            slot = Slot(phase)
+            if (phase, event) in TRANSITIONS:
+                assert slot.after(event).phase is TRANSITIONS[phase, event]
+            else:
+                with pytest.raises(RuntimeError, match=phase.value):
+                    slot.after(event)
+
+
+STEPS = ["write", "attempt", "pass_test", "confirm", "fail_0", "fail_1", "drop_0", "drop_1", "switch"]
+
+
+class SlotsMachine(RuleBasedStateMachine):
+    @initialize()
+    def begin(self):
+        self.slots = Slots()
+        self.refused: set[bytes] = set()
+
+    @rule(step=st.sampled_from(STEPS), number=st.integers(1, 4))
+    def step(self, step, number):
+        before = self.slots
+        try:
+            if step == "write":
+                self.slots = before.write(content(number))
+                assert content(number).sha256 not in self.refused
+                assert not before.on_probation
+                assert before.running == self.slots.running
+            elif step.startswith("fail"):
+                index = int(step[-1])
+                self.slots = before.fail(index, "why")
+                self.refused.add(before.pair[index].content.sha256)
+            elif step.startswith("drop"):
+                self.slots = before.drop(int(step[-1]))
+            else:
+                self.slots = getattr(before, step)()
+        except RuntimeError:
+            assert self.slots is before
+
+    @invariant()
+    def what_runs_is_on_probation_or_confirmed(self):
+        running = self.slots.running
+        assert running is None or running.phase in (Phase.PROBATION, Phase.CONFIRMED)
+        for index, slot in enumerate(self.slots.pair):
+            if slot.phase is Phase.PROBATION:
+                assert self.slots.active == index
+
+    @invariant()
+    def a_refused_digest_never_runs_or_waits(self):
+        for slot in self.slots.pair:
+            if slot.phase in (Phase.WRITTEN, Phase.PROBATION):
+                assert slot.content.sha256 not in self.refused
+            assert 0 <= slot.tries_left <= TRIES
+
+    @invariant()
+    def something_confirmed_is_never_left_idle_without_a_running_model(self):
+        if self.slots.active is None:
+            assert all(slot.phase is not Phase.CONFIRMED for slot in self.slots.pair)
+
+
+TestSlotsMachine = SlotsMachine.TestCase
+TestSlotsMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_failed_probation_falls_back_and_blocks_the_digest():
+    """The whole point of two slots."""
+    slots = confirmed(1).write(content(2)).attempt().pass_test()
+    assert slots.running is not None
+    assert slots.running.content == content(2)
+    slots = slots.fail(slots.active, "worse")
+    assert slots.running.content == content(1)
+    assert slots.is_refused(content(2))
+    assert slots.is_refused(Content(3, content(2).sha256, b"another spec"))
+    with pytest.raises(RuntimeError, match="refused before"):
+        slots.write(content(2))
+
+
+def test_spare_is_not_overwritten_while_it_is_the_way_back():
+    """A third release waits until the second is confirmed or gone."""
+    slots = confirmed(1).write(content(2)).attempt().pass_test()
+    with pytest.raises(RuntimeError, match="probation"):
+        slots.write(content(3))
+    slots.confirm().write(content(3))
+
+
+def test_tries_run_out():
+    """Counted down before the attempt, so that a crash counts."""
+    slots = Slots().write(content(1))
+    for _ in range(TRIES):
+        slots = slots.attempt()
+    with pytest.raises(RuntimeError, match="no tries"):
+        slots.attempt()
+
+
+def test_switch_during_probation_leaves_the_digest_unblamed():
+    """A plan that goes back early says nothing against the model."""
+    slots = confirmed(1).write(content(2)).attempt().pass_test().switch()
+    assert slots.running.content == content(1)
+    assert not slots.is_refused(content(2))
+
+
+def test_store_returns_what_was_saved(tmp_path: Path):
+    """Through JSON and back, refusals included."""
+    store = SlotStore(tmp_path)
+    slots = store.open()
+    slots = confirmed(1, slots).write(content(2)).fail(1, "no: ümlaut")
+    store.save(slots)
+    assert SlotStore(tmp_path).open() == slots
+
+
+@pytest.mark.parametrize("keep", [0, 1, 40, 100])
+@pytest.mark.parametrize("copy", ["state.a", "state.b"])
+def test_torn_state_copy_falls_back_to_the_other(tmp_path: Path, copy: str, keep: int):
+    """Either copy may be torn by a power cut: the store opens with the newest whole one."""
+    store = SlotStore(tmp_path)
+    old, new = confirmed(1, store.open()), confirmed(2, confirmed(1))
+    store.save(old)
+    store.save(new)
+    path = tmp_path / copy
+    path.write_bytes(path.read_bytes()[:keep])
+    assert SlotStore(tmp_path).open() == (new if copy == "state.a" else old)
+
+
+def test_lost_state_starts_empty_and_says_so(tmp_path: Path, caplog):
+    """Both copies damaged: the model is fetched again, nobody is stuck."""
+    store = SlotStore(tmp_path)
+    store.open()
+    store.save(confirmed(1))
+    store.save(confirmed(1))
+    for name in ("state.a", "state.b"):
+        (tmp_path / name).write_bytes(b"rubbish")
+    assert SlotStore(tmp_path).open() == Slots()
+    assert "slots are lost" in caplog.text
+
+
+def test_save_sweeps_files_that_no_slot_names(tmp_path: Path):
+    """Files leave only after the state has stopped naming them."""
+    store = SlotStore(tmp_path)
+    store.open()
+    for data in (b"artefact 1", b"spec 1", b"artefact 2"):
+        store.put(data)
+    store.save(confirmed(1))
+    assert store.load(digest(b"artefact 1")) == b"artefact 1"
+    assert store.load(digest(b"artefact 2")) is None
+
+
+def test_damaged_file_is_not_loaded(tmp_path: Path):
+    """A digest is asked for, so a digest is checked."""
+    store = SlotStore(tmp_path)
+    store.open()
+    store.put(b"data")
+    store.path(digest(b"data")).write_bytes(b"date")
+    assert store.load(digest(b"data")) is None
+
+
+def test_chunks_that_make_another_file_are_refused(tmp_path: Path):
+    """Each chunk may be right and the whole still not what was signed."""
+    store = SlotStore(tmp_path)
+    store.open()
+    staging = store.stage(digest(b"what was signed"), Assembler(manifest_of(b"abcd", 2)))
+    assert not staging.accept(b"ab")
+    assert staging.accept(b"cd")
+    with pytest.raises(ModelError, match="another file"):
+        staging.commit()
+    assert store.load(digest(b"abcd")) is None
