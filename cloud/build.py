@@ -17,7 +17,7 @@ from types import MappingProxyType
 import msgspec
 
 from cloud.keys import FileKeyStore
-from cloud.pipeline import BuiltRelease, build_release
+from cloud.pipeline import TIERS, BuiltRelease, build_release
 from cloud.release_orders import submit_plan, submit_release
 from cloud.release_store import ReleaseStore
 from cloud.repository import parse_role
@@ -52,6 +52,7 @@ class BuildReport(msgspec.Struct, frozen=True):
     labelled: int
     created_at_us: int
     tiers: dict[str, dict[str, int | float | str | None]]
+    thresholds: dict[str, float]
     metrics_ppm: dict[str, int]
 
 
@@ -127,6 +128,7 @@ def _report(released: ReleaseSpec, built: BuiltRelease, *, labelled: int) -> Bui
         labelled=labelled,
         created_at_us=released.created_at_us,
         tiers={tier: asdict(report) for tier, report in built.reports.items()},
+        thresholds={TIERS[item.tier][0]: item.threshold for item in released.artefacts},
         metrics_ppm=dict(released.metrics_ppm),
     )
 

@@ -46,9 +46,10 @@ class Journal:
     """Appends entries; `flush` makes them readable to others."""
 
     def __init__(self, path: Path) -> None:
-        self._file: IO[str] = path.open("w", newline="", encoding="utf-8")
+        self._file: IO[str] = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file)
-        self._writer.writerow(_COLUMNS)
+        if self._file.tell() == 0:
+            self._writer.writerow(_COLUMNS)
 
     def write(self, entry: Entry) -> None:
         self._writer.writerow(astuple(entry))

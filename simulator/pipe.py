@@ -116,8 +116,7 @@ class Pipe:
         self._capacity = capacity_bytes
         self._chunks: deque[tuple[float, memoryview]] = deque()
         self._size = 0
-        self._last_arrival = -math.inf
-        self._is_ended = False
+        self._ends_at: float | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -126,7 +125,7 @@ class Pipe:
     @property
     def room_bytes(self) -> int:
         """How much may be pushed now; 0 while blocked, so that a partition holds bytes where they were written."""
-        return 0 if self._weather.is_blocked or self._is_ended else self._capacity - self._size
+        return 0 if self._weather.is_blocked or self._ends_at is not None else self._capacity - self._size
 
     def set_weather(self, weather: Weather) -> None:
         """Change what happens from now on; bytes under way keep the arrival they were given."""
@@ -143,13 +142,12 @@ class Pipe:
         if len(data) > self.room_bytes:
             raise ValueError(f"{len(data)} bytes into a pipe with room for {self.room_bytes}")
         if data:
-            self._chunks.append((self._arrival(now), memoryview(data)))
+            self._chunks.append((now + self._weather.latency_s, memoryview(data)))
             self._size += len(data)
 
     def end(self, now: float) -> None:
         """Take the end of the stream in; it travels as bytes do."""
-        self._arrival(now)
-        self._is_ended = True
+        self._ends_at = now + self._weather.latency_s
 
     def ready(self, now: float) -> memoryview:
         """Return bytes that may pass now, without taking them out; empty when there are none."""
@@ -168,19 +166,16 @@ class Pipe:
 
     def is_over(self, now: float) -> bool:
         """Say whether the end has arrived, after the last byte."""
-        return self._is_ended and not self._chunks and not self._weather.is_blocked and self._last_arrival <= now
+        has_arrived = self._ends_at is not None and self._ends_at <= now
+        return has_arrived and not self._chunks and not self._weather.is_blocked
 
     def next_at(self, now: float) -> float | None:
         """Return when to look again without new bytes: `now` when something may pass at once, None for never."""
-        if self._weather.is_blocked or not (self._chunks or self._is_ended):
+        arrival = self._chunks[0][0] if self._chunks else self._ends_at
+        if arrival is None or self._weather.is_blocked:
             return None
-        arrival = self._chunks[0][0] if self._chunks else self._last_arrival
         if arrival > now:
             return arrival
         if self._chunks and self._pace.allowance(now) < 1:
             return self._pace.next_at(now)
         return now
-
-    def _arrival(self, now: float) -> float:
-        self._last_arrival = max(self._last_arrival, now + self._weather.latency_s)
-        return self._last_arrival

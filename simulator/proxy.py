@@ -126,7 +126,7 @@ class FaultProxy:
 
     def refuse(self) -> None:
         """Refuse new connections until `admit`; open ones stay."""
-        self._call(self._refuse)
+        self._call(self._close_listener)
 
     def admit(self) -> None:
         """Take new connections again, on the same port."""
@@ -134,7 +134,6 @@ class FaultProxy:
 
     def counters(self) -> ProxyCounters:
         """Return the counts after everything that could be read or passed on before the call has been, once."""
-        self._call(lambda: None)  # the round under way may have polled before the caller's last write
         return self._call(self._count)
 
     # What follows runs on the proxy's thread, except `_call`.
@@ -163,11 +162,12 @@ class FaultProxy:
     def _run(self) -> None:
         try:
             while not self._is_stopping:
-                for key, _ in self._selector.select(self._patience_s()):
+                # Counted before the poll, so that a command finds served whatever its caller had done before it.
+                due = self._commands.qsize()
+                for key, _ in self._selector.select(0.0 if due else self._patience_s()):
                     key.data()
                 self._run_timers()
-                # A command that comes while these run waits for the next poll.
-                for _ in range(self._commands.qsize()):
+                for _ in range(due):
                     self._commands.get()()
         finally:
             for connection in list(self._connections):
@@ -195,10 +195,6 @@ class FaultProxy:
             self._listener.setblocking(False)
             self._watch_listener()
 
-    def _refuse(self) -> None:
-        self._accept_waiting()
-        self._close_listener()
-
     def _close_listener(self) -> None:
         if self._listener is not None:
             _watch(self._selector, self._listener, 0, self._accept)
@@ -212,11 +208,6 @@ class FaultProxy:
 
     def _is_blocked(self) -> bool:
         return self._up.is_blocked or self._down.is_blocked
-
-    def _accept_waiting(self) -> None:
-        # To the caller of a command, a connect that has returned is an open connection.
-        if not self._is_blocked():
-            self._accept()
 
     def _accept(self, *, is_late: bool = False) -> None:
         """Take every connection that waits; of those that waited for a partition, only the ones still wanted."""
@@ -266,7 +257,6 @@ class FaultProxy:
         self._past = _add(self._past, connection)
 
     def _set_weather(self, up: Weather, down: Weather) -> None:
-        self._accept_waiting()
         was_blocked = self._is_blocked()
         self._up, self._down = up, down
         for connection in list(self._connections):
@@ -280,7 +270,6 @@ class FaultProxy:
         self._set_weather(replace(self._up, is_blocked=is_blocked), replace(self._down, is_blocked=is_blocked))
 
     def _cut(self, how: Cut) -> int:
-        self._accept_waiting()
         victims = [connection for connection in self._connections if not connection.is_cut]
         for connection in victims:
             connection.cut(how)

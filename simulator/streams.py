@@ -18,7 +18,7 @@ from shoal.errors import PayloadError
 from simulator.datasets import DataSet
 from simulator.drift import Drift
 
-_REFERENCE = re.compile(r"([a-z]{1,16})/(0|[1-9][0-9]{0,8})(?:/(?:0|[1-9][0-9]{0,17}))?", re.ASCII)
+_REFERENCE = re.compile(r"([a-z]{1,16})/(0|[1-9][0-9]{0,8})(?:/(?:0|[1-9][0-9]{0,17}))?")
 
 
 class FleetKind(enum.Enum):

@@ -1,0 +1,169 @@
+"""The `shoal` command line. Each command imports what it needs, so that `--help` is quick and extras stay optional."""
+
+import logging
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from fleet_console.broker import BrokerKind, choose_kind, run_foreground
+from shoal.errors import ShoalError
+
+app = typer.Typer(
+    help="Run machine-learning models across a fleet of devices, gateways and the cloud, over MQTT.",
+    epilog="Start with `shoal demo`. The brokers' address comes from SHOAL_BROKER or a configuration file.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+_INTERRUPTED = 130
+
+
+class BrokerChoice(StrEnum):
+    """What `--broker-kind` takes."""
+
+    AUTO = "auto"
+    MOSQUITTO = "mosquitto"
+    IOTCORE = "iotcore"
+
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="TOML file.", exists=True, dir_okay=False)]
+KindOption = Annotated[
+    BrokerChoice, typer.Option(help="Which broker to start; auto takes Mosquitto where it is installed.")
+]
+
+
+@app.command()
+def demo(
+    *,
+    out: Annotated[Path, typer.Option(help="Where the report goes.", file_okay=False)] = Path("demo-out"),
+    seed: Annotated[int, typer.Option(help="Decides the training, the readings' order and the drift's jitter.")] = 7,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The same path with fewer readings: under two minutes.")
+    ] = False,
+    keep_going: Annotated[
+        bool,
+        typer.Option("--keep-going", help="Start a process again that dies (see run/pids.json) instead of ending."),
+    ] = False,
+    broker_kind: KindOption = BrokerChoice.AUTO,
+) -> None:
+    """Show the whole loop on real data: two fleets, drift, retraining, release, recovery.
+
+    Starts a broker, the cloud's services, a gateway and 24 simulated devices as processes that share nothing but MQTT
+    topics. Writes `report.json` and `report.html`; exits 0 only if the loop closed. SHOAL_BROKER=mqtt://host:port uses
+    a broker that runs already.
+    """
+    from fleet_console.demo.plan import Options  # noqa: PLC0415
+    from fleet_console.demo.run import run_demo  # noqa: PLC0415
+
+    options = Options(
+        out=out,
+        seed=seed,
+        quick=quick,
+        keep_going=keep_going,
+        broker_kind=_kind(broker_kind),
+        broker_url=os.environ.get("SHOAL_BROKER"),
+    )
+    raise typer.Exit(run_demo(options, Console()))
+
+
+@app.command()
+def broker(
+    port: Annotated[int, typer.Option(help="Loopback port to listen on.", min=1, max=65535)] = 1883,
+    directory: Annotated[Path, typer.Option(help="For its configuration, database and log.")] = Path(
+        "shoal-data/broker"
+    ),
+    kind: KindOption = BrokerChoice.AUTO,
+) -> None:
+    """Run an MQTT 5 broker on loopback for trying Shoal: Mosquitto if it is installed, otherwise the embedded one."""
+    chosen = _kind(kind) or choose_kind()
+    Console(stderr=True).print(f"{chosen.value} on mqtt://127.0.0.1:{port}, files in {directory}; Ctrl-C ends it")
+    raise typer.Exit(run_foreground(directory, chosen, port))
+
+
+@app.command()
+def watch(
+    filters: Annotated[
+        list[str] | None, typer.Argument(help="MQTT topic filters; by default everything of Shoal's.")
+    ] = None,
+    broker: Annotated[str, typer.Option(envvar="SHOAL_BROKER", help="The broker's address.")] = "mqtt://127.0.0.1:1883",
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a message, for machines.")] = False,
+    count: Annotated[int, typer.Option(help="End after this many messages; 0 never does.", min=0)] = 0,
+) -> None:
+    """Print messages as they pass, protobuf decoded. R marks retained ones."""
+    from fleet_console.watch import watch as run  # noqa: PLC0415
+
+    run(broker, filters or ["shoal/v1/#"], as_json=as_json, count=count)
+
+
+@app.command()
+def agent(config: ConfigOption) -> None:
+    """Run the agent of one device; see docs/devices.md."""
+    from device_agent.agent import AgentSettings, run  # noqa: PLC0415
+    from shoal.config import load_config  # noqa: PLC0415
+
+    _log_to_stderr()
+    run(load_config(config, AgentSettings))
+
+
+@app.command()
+def gateway(config: ConfigOption) -> None:
+    """Run a gateway; see docs/gateway.md."""
+    from edge_gateway.service import GatewaySettings, run  # noqa: PLC0415
+    from shoal.config import load_config  # noqa: PLC0415
+
+    _log_to_stderr()
+    run(load_config(config, GatewaySettings))
+
+
+class CloudService(StrEnum):
+    """What `shoal cloud` takes."""
+
+    INIT = "init"
+    INGEST = "ingest"
+    TRAINER = "trainer"
+    PUBLISHER = "publisher"
+
+
+@app.command()
+def cloud(service: Annotated[CloudService, typer.Argument(help="Which service.")], config: ConfigOption) -> None:
+    """Run one of the cloud's services, or `init` to make its keys, stores and the root that nodes trust."""
+    from cloud import services  # noqa: PLC0415
+    from cloud.settings import CloudSettings  # noqa: PLC0415
+    from shoal.config import load_config  # noqa: PLC0415
+
+    _log_to_stderr()
+    settings = load_config(config, CloudSettings)
+    if service is CloudService.INIT:
+        typer.echo(services.init(settings))
+    elif service is CloudService.INGEST:
+        services.run_ingest(settings)
+    elif service is CloudService.TRAINER:
+        services.run_trainer(settings, config)
+    else:
+        services.run_publisher(settings)
+
+
+def main() -> NoReturn:
+    """Run a command; an operator's mistake is one line and exit status 2, Ctrl-C is 130."""
+    try:
+        app()
+    except ShoalError as exc:
+        Console(stderr=True).print(f"[red]shoal:[/red] {exc}", highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
+    sys.exit(0)
+
+
+def _kind(choice: BrokerChoice) -> BrokerKind | None:
+    return None if choice is BrokerChoice.AUTO else BrokerKind(choice.value)
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
