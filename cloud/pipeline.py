@@ -36,7 +36,7 @@ class TierReport:
 
     Attributes:
         metric_float, metric_int8: the task's metric on held-out rows.
-        latency_float_us, latency_int8_us: median of one call with the tier's `latency_rows`.
+        latency_float_us, latency_int8_us: of one call in its fastest round, with the tier's `latency_rows`.
         ships: "float" or "int8".
         reason: why.
         metric_parent: the parent's artefact on the same rows; None for a first release.

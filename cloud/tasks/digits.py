@@ -27,7 +27,7 @@ from shoal.v1 import release_pb2 as pb
 
 _CLASSES = 10
 # Field samples outnumber the initial ones this many times, because they are what the fleet sees now.
-_FIELD_WEIGHT = 2
+_FIELD_WEIGHT = 4
 _MAX_REPEATS = 8
 _LABEL_SMOOTHING = 0.05
 
@@ -45,7 +45,7 @@ class DigitsTask:
     threshold_rule = ShareRule(device=0.10, gateway=0.05)
     plans: Mapping[pb.Tier, TrainingPlan] = MappingProxyType(
         {
-            pb.TIER_DEVICE: TrainingPlan(steps=900, batch_rows=64, learning_rate=4e-3),
+            pb.TIER_DEVICE: TrainingPlan(steps=1200, batch_rows=64, learning_rate=4e-3),
             pb.TIER_GATEWAY: TrainingPlan(steps=500, batch_rows=64, learning_rate=4e-3),
         }
     )
@@ -72,7 +72,7 @@ class DigitsTask:
         return TrainingData(train, holdout, np.array([mean]), np.array([std]))
 
     def build_model(self, tier: pb.Tier) -> nn.Module:
-        return _Cnn((8, 16), 0) if tier == pb.TIER_DEVICE else _Cnn((32, 64, 64), 64)
+        return _Cnn((16, 32), 0) if tier == pb.TIER_DEVICE else _Cnn((32, 64, 64), 64)
 
     def augment(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Turn, shift and zoom each image a little: (n, 8, 8, 1) to the same."""

@@ -13,7 +13,7 @@ from cloud.keys import FileKeyStore
 from cloud.publisher import Publisher, live_set
 from cloud.release_orders import checked_files, submit_plan, submit_release
 from cloud.release_store import ReleaseStore
-from cloud.repository import ROLLOUT, first_generation, parse_role, sign_role, target_file
+from cloud.repository import ROLLOUT, first_generation, parse_role, sign_role, target_file, timestamp_of
 from shoal.codec import encode
 from shoal.errors import ConfigError, LinkError, ModelError, TrustError
 from shoal.release.chunks import CHUNK_BYTES, digest, split
@@ -231,8 +231,10 @@ def test_kill_before_the_commit_loses_no_order(store, keys, boot, monkeypatch):
         publisher.tick(1.0)
     monkeypatch.undo()
     assert store.load() == before
-    publisher, link = boot()
+    publisher, link = boot(now=NOW + dt.timedelta(seconds=1))
     settle(publisher, link)
+    after = store.load()
+    timestamp_of(after).snapshot_meta.verify_length_and_hashes(after.snapshot)
     assert "releases/digits/1.spec" in store.load().targets()
 
 
@@ -250,19 +252,33 @@ def test_broker_that_lost_everything_is_healed_at_the_next_connection(store, key
 
 
 def test_lost_connection_forgets_what_was_on_its_way(store, keys, broker, boot):
-    """Errors of the old connection change nothing on the new one."""
+    """Answers that belong to the old connection change nothing on the new one."""
+    release(store, keys, 1)
+    publisher, link = boot(window=100)
+    publisher.tick(1.0)
+    lost, link.pending = link.pending, []
+    publisher.on_connect()
+    for _, _, on_done in lost:
+        on_done(None)
+    assert topic(Route.TRUST_BUNDLE) not in {name for name, _, _ in link.pending}
+    settle(publisher, link)
+    assert complete(broker)
+
+
+def test_blobs_in_flight_when_the_connection_ends_are_published_again(store, keys, broker, boot):
+    """The link says so for each; nothing is sent before the next connection."""
     release(store, keys, 1)
     publisher, link = boot()
     publisher.tick(1.0)
     link.confirm()
     link.connected = False
     lost, link.pending = link.pending, []
-    for _, _, on_done in lost[:3]:
+    for _, _, on_done in lost:
         on_done(LinkError("gone"))
+    publisher.tick(100.0)
+    assert not link.pending
     link.connected = True
     publisher.on_connect()
-    for _, _, on_done in lost[3:]:
-        on_done(None)
     settle(publisher, link)
     assert complete(broker)
 
@@ -429,6 +445,20 @@ def test_publisher_checks_orders_itself(store, keys, boot):
     forge(store, keys, good)
     settle(publisher, link)
     assert publisher.counters["orders_taken"] == 1
+
+
+def test_order_whose_file_was_exchanged_is_refused(store, keys, boot):
+    """A queue is a directory: what lies in it is read again, not believed."""
+    release(store, keys, 1)
+    signed = plan(store, keys, 1)
+    order = store.orders()[-1]
+    other = RolloutPlan()
+    other.CopyFrom(signed)
+    other.share_permille = 999
+    (order.directory / digest(encode(signed)).hex()).write_bytes(encode(other))
+    publisher, link = boot()
+    settle(publisher, link)
+    assert publisher.counters["orders_refused"] == 1
 
 
 def test_order_that_takes_away_a_live_release_is_refused(store, keys, boot):

@@ -73,7 +73,7 @@ def test_missing_file_names_the_extra(package):
 
 
 @pytest.mark.parametrize(
-    "content", [b"not gzip", gzip.compress(b"1,x\n"), gzip.compress(b"1,2,3\n"), gzip.compress(b"1,nan\n")]
+    "content", [b"not gzip", gzip.compress(b"1,2\n3,x\n"), gzip.compress(b"1,2\n"), gzip.compress(b"1,2\n3,nan\n")]
 )
 def test_broken_file_is_refused(content, tmp_path, monkeypatch):
     """Pins that a damaged or changed data file stops the run instead of bending it."""
@@ -83,4 +83,4 @@ def test_broken_file_is_refused(content, tmp_path, monkeypatch):
     (package / "data.csv.gz").write_bytes(content)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=r"data\.csv\.gz"):
-        datasets._load_table("broken_package", "data.csv.gz", (1, 2), skip_rows=0)
+        datasets._load_table("broken_package", "data.csv.gz", (2, 2), skip_rows=0)

@@ -196,3 +196,14 @@ def test_end_travels_like_bytes():
     pipe.set_weather(Weather(is_blocked=True))
     assert not pipe.is_over(3.0)
     assert pipe.next_at(3.0) is None
+
+
+def test_block_holds_what_has_arrived():
+    """Pins that bytes whose latency passes during a block come after it."""
+    pipe = Pipe(Weather(latency_s=1.0), CAPACITY)
+    pipe.push(b"abc", 0.0)
+    pipe.set_weather(Weather(is_blocked=True))
+    assert len(pipe.ready(5.0)) == 0
+    assert pipe.room_bytes == 0
+    pipe.set_weather(Weather())
+    assert pipe.ready(5.0) == b"abc"

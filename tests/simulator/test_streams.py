@@ -142,6 +142,14 @@ def test_same_image_drifts_differently_on_two_cameras():
     assert not any(np.array_equal(one["cam-1"][row], one["cam-2"][row]) for row in data.stream)
 
 
+def test_same_image_drifts_differently_in_each_round():
+    """Pins that jitter is the reading's own, so that no drifted image comes twice to the bit."""
+    data = small_digits()
+    stream = CameraStream(data, seed=7, device="cam-1")
+    first, second = ({r.row: r.values for r in (stream.next(drifted=True) for _ in data.stream)} for _ in range(2))
+    assert not any(np.array_equal(first[row], second[row]) for row in data.stream)
+
+
 def test_stream_uses_the_drift_it_was_given():
     """Pins that the demo's drift settings reach the images."""
     stream = CameraStream(small_digits(), seed=7, device="cam-1", drift=Drift(strength=0))

@@ -118,7 +118,7 @@ class MemoryLink:
 
 
 class SettledTrial:
-    def __init__(self, verdict: Verdict) -> None:
+    def __init__(self, verdict: Verdict | None) -> None:
         self.verdict = verdict
 
     def poll(self, _now: float) -> Verdict | None:
@@ -129,7 +129,7 @@ class SettledTrial:
 
 
 class ScriptedSelfTest:
-    """Passes what does not contain `poison`; keeps the files that it saw."""
+    """Fails `poison`, never ends on `hang`, passes the rest; keeps the files that it saw."""
 
     def __init__(self) -> None:
         self.seen: list[bytes] = []
@@ -137,6 +137,8 @@ class ScriptedSelfTest:
     def start(self, path: Path, _artefact: Artefact, _now: float) -> SettledTrial:
         data = path.read_bytes()
         self.seen.append(data)
+        if b"hang" in data:
+            return SettledTrial(None)
         outcome = Outcome.FAILED if b"poison" in data else Outcome.PASSED
         return SettledTrial(Verdict(outcome, "" if outcome is Outcome.PASSED else "golden vector 0: off by 3"))
 

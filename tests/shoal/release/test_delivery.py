@@ -6,10 +6,23 @@ import pytest
 
 from shoal.release.chunks import CHUNK_BYTES, digest, split
 from shoal.release.plan import cohort
+from shoal.release.selftest import Outcome, Verdict
 from shoal.routes import Route, topic
 from shoal.v1.node_pb2 import SlotPhase
+from shoal.v1.release_pb2 import BundleEntry, TrustBundle
 
 pytestmark = pytest.mark.device
+
+
+class SettledTrial:
+    def __init__(self, verdict: Verdict | None) -> None:
+        self.verdict = verdict
+
+    def poll(self, _now: float) -> Verdict | None:
+        return self.verdict
+
+    def cancel(self) -> None:
+        pass
 
 
 def model_bytes(seed: int, chunks: float = 3.5) -> bytes:
@@ -135,6 +148,102 @@ def test_failing_self_test_keeps_the_old_model_for_ever(cloud, make_node):
     node.run(20)
     assert len(node.self_test.seen) == tests
     assert node.state.release == 1
+    specs = sum(entry.path.startswith("releases/") for entry in cloud.broker.bundle.entries)
+    assert node.counters["blobs_fetched"] == len(cloud.broker.bundle.entries) - specs
+
+
+def test_refused_bytes_under_another_release_are_refused_untested(cloud, make_node):
+    """A new number makes no better model."""
+    poison = b"poison" + model_bytes(2)
+    cloud.ship(model_bytes(1))
+    node = make_node()
+    node.run(20)
+    for parent in (1, 2):
+        cloud.ship(poison, parent=parent)
+        node.run(20)
+    assert node.self_test.seen.count(poison) == 1
+    assert node.state.refused_release == 3
+    assert "refused before" in node.state.refused_reason
+
+
+def test_self_test_that_kills_the_agent_runs_out_of_tries(cloud, make_node):
+    """The try is on disk before the test starts, and a restart does not bring it back."""
+    hang = b"hang" + model_bytes(2)
+    cloud.ship(model_bytes(1))
+    node = make_node()
+    node.run(20)
+    cloud.ship(hang, parent=1)
+    for _ in range(6):
+        node.run(5)
+        node.boot()
+    node.run(5)
+    assert node.self_test.seen.count(hang) == 3
+    assert node.state.refused_release == 2
+    assert node.state.release == 1
+
+
+def test_newer_plan_waits_for_the_end_of_probation(cloud, make_node):
+    """The way back is not overwritten; the newer release follows once the running one is confirmed."""
+    node = make_node()
+    for number in (1, 2):
+        cloud.ship(model_bytes(number), parent=number - 1)
+        node.run(20 if number == 1 else 3)
+    cloud.ship(model_bytes(3), parent=2)
+    node.run(4)
+    assert node.active[-1] == (2, model_bytes(2))
+    node.client.fail("digits", "worse")
+    assert node.active[-1] == (1, model_bytes(1))
+    node.run(20)
+    assert node.active[-1] == (3, model_bytes(3))
+
+
+def test_running_model_refused_while_its_twin_is_tested(cloud, make_node):
+    """The same bytes under a second release are under test when the node finds them unfit."""
+    data = model_bytes(1)
+    cloud.ship(data)
+    node = make_node()
+    node.run(20)
+    assert node.state.phase == SlotPhase.SLOT_PHASE_CONFIRMED
+    trial = SettledTrial(None)
+    node.self_test.start = lambda _path, _artefact, _now: trial
+    cloud.ship(data, parent=1)
+    node.run(5)
+    node.client.fail("digits", "unfit")
+    trial.verdict = Verdict(Outcome.PASSED)
+    node.run(20)
+    assert node.active == [(1, data)]
+    assert node.state.refused_reason == "unfit"
+
+
+def test_spec_index_that_leads_nowhere_is_replaced_by_a_better_one(cloud, make_node):
+    """The bundle is not signed: chunk lists that make another file are dropped with the bundle that held them."""
+    data = model_bytes(1)
+    cloud.ship(data)
+    name = topic(Route.TRUST_BUNDLE)
+    good, bundle = cloud.broker.retained[name], cloud.broker.bundle
+    for entry in bundle.entries:
+        if entry.path.startswith("releases/"):
+            entry.length_bytes += 1
+    cloud.broker.retained[name] = bundle.SerializeToString()
+    node = make_node()
+    node.run()
+    assert not node.active
+    cloud.broker.accept(name, good)
+    node.run()
+    assert node.active == [(1, data)]
+
+
+def test_bundle_without_end_is_refused(cloud, make_node):
+    """Sizes are bounded before anything is fetched."""
+    cloud.ship(model_bytes(1))
+    node = make_node()
+    huge = TrustBundle(
+        entries=[BundleEntry(path=f"{n}.root.json", sha256=digest(b"%d" % n), length_bytes=1) for n in range(1025)]
+    )
+    node.link.deliver(topic(Route.TRUST_BUNDLE), huge.SerializeToString(), retained=False)
+    node.run()
+    assert node.link.counters["bad_payloads"] == 1
+    assert node.active
 
 
 def test_failing_activation_goes_back(cloud, make_node):

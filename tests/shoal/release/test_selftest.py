@@ -31,7 +31,7 @@ class Toy:
             while True:
                 pass
         if self.text == "hoard":
-            return np.ones(1 << 40, dtype=np.uint8)
+            return np.zeros(1 << 31, dtype=np.uint8)  # lazy: costs address space only
         if self.text == "crash":
             os.abort()
         if self.text == "exit":
