@@ -50,7 +50,7 @@ FULL = Sizes(
     camera_rate_hz=4.0,
     camera_readings_before=100,
     camera_readings_after=120,
-    min_new_labels=400,
+    min_new_labels=600,
     label_delay_s=3.0,
     max_s=290.0,
 )
@@ -61,7 +61,7 @@ QUICK = Sizes(
     camera_rate_hz=5.0,
     camera_readings_before=50,
     camera_readings_after=60,
-    min_new_labels=300,
+    min_new_labels=400,
     label_delay_s=2.0,
     max_s=115.0,
 )

@@ -24,6 +24,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from shoal.acks import AckQueue
 from shoal.codec import CONTENT_TYPE, OPAQUE_CONTENT_TYPE, encode, schema_of
 from shoal.errors import LinkError
 from shoal.inbox import BadHook, Handler, Inbox
@@ -221,6 +222,7 @@ class Link:
             client.username_pw_set(self.config.username, self.config.password)
         if self.config.tls_ca is not None:
             client.tls_set(self.config.tls_ca, self.config.tls_cert, self.config.tls_key)
+        self._acks = AckQueue(partial(self._send_ack, client))
         client.on_socket_open = self._socket_opened
         client.on_socket_close = self._socket_closed
         client.on_socket_register_write = partial(self._write_wanted, wanted=True)
@@ -302,16 +304,9 @@ class Link:
         if self._loop is not None:
             self._plan_retry(self._loop.clock())
 
-    def _received(self, client: Client, _userdata: object, packet: MQTTMessage) -> None:
+    def _received(self, _client: Client, _userdata: object, packet: MQTTMessage) -> None:
         self.counters["messages_received"] += 1
-        acked = False
-
-        def ack() -> None:
-            nonlocal acked
-            if not acked and packet.qos and client is self._client:
-                client.ack(packet.mid, packet.qos)
-            acked = True
-
+        ack = self._acks.expect(packet.mid) if packet.qos else _no_ack
         properties = packet.properties
         self._inbox.receive(
             packet.topic,
@@ -321,6 +316,10 @@ class Link:
             correlation=getattr(properties, "CorrelationData", b""),
             response_topic=getattr(properties, "ResponseTopic", ""),
         )
+
+    def _send_ack(self, client: Client, packet_id: int) -> None:
+        if client is self._client:
+            client.ack(packet_id, 1)
 
     def _published(
         self, client: Client, _userdata: object, mid: int, reason: ReasonCode, _properties: Properties
@@ -374,6 +373,10 @@ class Link:
         route, segments = self.identity.presence
         will = encode(self._presence(online=False))
         client.will_set(topic(route, **segments), will, qos=1, retain=True)
+
+
+def _no_ack() -> None:
+    """QoS 0 has none."""
 
 
 def _publish_properties(message: Message | bytes, correlation: bytes, expiry_s: int | None) -> Properties:

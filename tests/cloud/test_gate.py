@@ -135,7 +135,7 @@ def test_recall_without_anomalies_is_refused():
         gate.choose_thresholds(RecallRule(0.9, 0.8), scores, scores, np.zeros(5, np.int64))
 
 
-def test_latency_is_the_median_over_interleaved_rounds():
+def test_latency_is_the_fastest_of_interleaved_rounds():
     """A stall in one round does not count, and calls take turns."""
     now, order = [0], []
 
