@@ -28,11 +28,11 @@ from shoal.v1 import release_pb2 as pb
 _CLASSES = 10
 # Field samples outnumber the initial ones this many times, because they are what the fleet sees now.
 _FIELD_WEIGHT = 4
-_MAX_REPEATS = 8
+_MAX_REPEATS = 16
 _LABEL_SMOOTHING = 0.05
 
-_MAX_ROTATION_RAD = math.radians(8)
-_MAX_SHIFT_PIXELS = 0.6
+_MAX_ROTATION_RAD = math.radians(12)
+_MAX_SHIFT_PIXELS = 0.8
 _MAX_ZOOM = 0.08
 _HALF_WIDTH_PIXELS = 4
 
@@ -66,8 +66,7 @@ class DigitsTask:
         if extra is not None and len(extra):
             check_extra(extra, self.shape, _CLASSES)
             seen, held = split_extra(extra)
-            repeats = math.ceil(_FIELD_WEIGHT * len(train) / max(1, len(seen)))
-            train = join(train, seen, repeats=min(_MAX_REPEATS, repeats))
+            train = join(train, _balanced(seen, _FIELD_WEIGHT * len(train)), repeats=1)
             holdout = join(holdout, held)
         return TrainingData(train, holdout, np.array([mean]), np.array([std]))
 
@@ -101,6 +100,16 @@ class DigitsTask:
         if scores.labels is None:
             raise ModelError("accuracy needs labels, the scores carry none")
         return float((scores.labels == labels).mean())
+
+
+def _balanced(samples: LabelledSamples, rows: int) -> LabelledSamples:
+    """Repeat samples to about `rows`, every class as often.
+
+    Devices send up what they doubt, so that what they are wrong about with confidence comes in small numbers.
+    """
+    counts = np.bincount(samples.y, minlength=_CLASSES)
+    repeats = np.ceil(rows / _CLASSES / np.maximum(counts, 1)).astype(np.int64)
+    return samples.take(np.repeat(np.arange(len(samples)), np.minimum(repeats, _MAX_REPEATS)[samples.y]))
 
 
 class _Cnn(nn.Module):

@@ -87,7 +87,7 @@ def accuracy_chart(points: Sequence[AccuracyPoint], marks: Sequence[Mark], frame
         _mark_line(axes, mark, row, last)
     at = [point.at_s for point in points]
     for name, values, colour, marker in (
-        ("device and gateway together", [point.cascade for point in points], _GATEWAY, "s"),
+        ("with the gateway's answers", [point.cascade for point in points], _GATEWAY, "s"),
         ("device alone", [point.device for point in points], _DEVICE, "o"),
     ):
         axes.plot(at, values, marker=marker, markersize=4, linewidth=2, color=colour, label=name, clip_on=False)
@@ -107,7 +107,9 @@ def bytes_chart(uplink: Uplink, frame: Frame) -> str:
     unit, divisor = _byte_unit(max(size for _, size, _ in rows))
     for index, (name, size, colour) in enumerate(rows):
         axes.barh(index, size / divisor, height=0.4, color=colour)
-        ratio = "" if index == 0 or not uplink.bytes_sent else f" · {size / uplink.bytes_sent:.1f} times Shoal"
+        ratio = (
+            "" if index == 0 or not uplink.bytes_sent else f" · {size / uplink.bytes_sent:.1f}\N{MULTIPLICATION SIGN}"
+        )
         _row_label(axes, index, 0.3, name, f"{size / divisor:.3g} {unit}{ratio}")
     _bar_rows(axes, len(rows), f"payload of all sensors, {unit} (1 {unit} = {divisor:,} bytes)")
     return _svg(figure, frame, "Uplink bytes of the sensors against sending everything as JSON")
@@ -196,7 +198,7 @@ def ledger_chart(account: Account, frame: Frame) -> str:
     rows: list[tuple[str, list[tuple[int, str]], str]] = [
         ("Produced by the sources", [(account.produced, _PLAIN)], ""),
         ("Asked of the gateway", [(account.accepted, _DEVICE), (account.kept, _RULE)], f"{account.kept:,} kept"),
-        ("Answered", [(account.answered, _GATEWAY), (unanswered, _RULE)], f"{unanswered:,} not"),
+        ("Answered", [(account.answered, _GATEWAY), (unanswered, _RULE)], f"{unanswered:,} unanswered"),
         ("Promised to the cloud", [(account.samples_promised, _CLOUD)], ""),
         ("Stored in the cloud", [(account.samples_stored, _CLOUD)], f"{account.holes:,} holes"),
     ]
@@ -357,7 +359,7 @@ def _asked_text(phase: Scores) -> str:
     if phase.threshold is None or not phase.scores:
         return f"{phase.name}, {len(phase.scores):,} readings"
     above = sum(score > phase.threshold for score in phase.scores) / len(phase.scores)
-    return f"{phase.name}: {above:.0%} of {len(phase.scores):,} readings uncertain"
+    return f"{phase.name}: {above:.0%} of {len(phase.scores):,} uncertain"
 
 
 def _log_edges(scores: Sequence[float]) -> NDArray[np.float64]:

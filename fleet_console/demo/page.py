@@ -3,6 +3,7 @@
 import html
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ _FULL_PX = 1000
 _HALF_PX = 476
 _PHONE_PX = 336
 _PPM = 1_000_000
+_NOTHING = "n/a"
 _PHASES = {
     Phase.BEFORE_DRIFT: "Before the drift",
     Phase.AFTER_DRIFT: "After the drift",
@@ -67,17 +69,15 @@ def _verdict(report: dict[str, Any]) -> str:
     closed = report["closed"]
     title = "The loop closed" if closed else "The loop did not close"
     lead = (
-        "Two fleets of simulated devices, a gateway and the cloud's services ran as separate processes that share "
-        "nothing but MQTT topics. The cameras drifted, the cloud learned from what they asked about, and a signed "
-        "release went back to them."
+        "The cameras drifted, the cloud learned from what they asked about, and a signed release went back to them."
         if closed
-        else "Two fleets of simulated devices, a gateway and the cloud's services ran as separate processes that share "
-        "nothing but MQTT topics. The checks below say where the run fell short."
+        else "The checks below say where the run fell short."
     )
     return f"""<header>
 <p class="over">Shoal demo · seed {_e(run["seed"])} · {_e(run["finished_at"])}</p>
 <h1><span class="badge {"good" if closed else "bad"}" aria-hidden="true">{"✓" if closed else "✗"}</span>{title}</h1>
-<p class="lead">{lead} {passed} of {len(checks)} checks passed.</p>
+<p class="lead">Two fleets of simulated devices, a gateway and the cloud's services ran as processes that share nothing
+but MQTT topics. {lead} {passed} of {len(checks)} checks passed.</p>
 </header>"""
 
 
@@ -96,13 +96,13 @@ def _headline(report: dict[str, Any]) -> str:
         ),
         (
             _ratio(sensors["bytes_all_json"], sensors["bytes_sent"]),
-            "fewer bytes than canonical JSON",
-            f"{_ratio(sensors['bytes_all_json_compact'], sensors['bytes_sent'])} fewer than the shortest JSON",
+            "fewer bytes than as canonical JSON",
+            f"{_ratio(sensors['bytes_all_json_compact'], sensors['bytes_sent'])} fewer than as the shortest JSON",
         ),
         (
             f"{ledger['holes']:,}",
             f"holes in {ledger['produced']:,} readings",
-            f"{ledger['samples_stored']:,} samples stored, {ledger['duplicates_stored']:,} of them twice",
+            f"{ledger['samples_stored']:,} samples in the cloud, {ledger['duplicates_stored']:,} of them twice",
         ),
     )
     items = "".join(
@@ -113,7 +113,7 @@ def _headline(report: dict[str, Any]) -> str:
 
 
 def _checks(report: dict[str, Any]) -> str:
-    rows = [[_state(item["ok"]), _e(item["name"]), _e(item["measured"])] for item in report["checks"]]
+    rows = [[_state(item["ok"]), _e(_sentence(item["name"])), _e(item["measured"])] for item in report["checks"]]
     return _section("What was asked of this run", _table(("Result", "Asked", "Measured"), rows, css="checks"))
 
 
@@ -129,10 +129,10 @@ def _pictures(report: dict[str, Any], evidence: Evidence, thresholds: Mapping[st
     figures = (
         _figure(
             "accuracy",
-            "The cameras drift, and recover",
+            "Camera accuracy through the drift",
             f"The device alone is right on {_percent(device['before_drift'])} of the images before the drift, "
-            f"{_percent(device['after_drift'])} after it and {_percent(device['after_update'])} after the update. While "
-            f"the update is made, the gateway's answers hold the application at {_percent(cascade['after_drift'])}. "
+            f"{_percent(device['after_drift'])} after it and {_percent(device['after_update'])} after the update. "
+            f"Between the two the gateway's answers hold the application at {_percent(cascade['after_drift'])}. "
             "Each point is one short window of held-out images.",
             lambda frame: charts.accuracy_chart(points, marks, frame),
             (330, 300),
@@ -150,15 +150,15 @@ def _pictures(report: dict[str, Any], evidence: Evidence, thresholds: Mapping[st
         _figure(
             "latency",
             "From question to reply",
-            f"Over both fleets half of the replies come within {_milliseconds(latency, 'p50')} and 99 % within "
-            f"{_milliseconds(latency, 'p99')}. The time that a question waits on the device for company in one message "
-            "is part of it.",
+            f"Over both fleets half of the replies come within {milliseconds(latency.get('p50', 0))} and 99% within "
+            f"{milliseconds(latency.get('p99', 0))}. The time that a question waits on the device for company in one "
+            "message is part of it.",
             lambda frame: charts.latency_chart(fleets, frame),
             (300, 300),
         ),
         _figure(
             "sensor-scores",
-            "Sensors: most readings never leave",
+            "Sensors: what stays on the device",
             f"Right of the line a device asks: {above[0]} of the normal readings and {above[1]} of the labelled "
             "anomalies. Shares are of each class, which differ much in size.",
             lambda frame: charts.sensor_scores_chart(classes, frame),
@@ -166,7 +166,7 @@ def _pictures(report: dict[str, Any], evidence: Evidence, thresholds: Mapping[st
         ),
         _figure(
             "camera-scores",
-            "Cameras: drift shows as doubt",
+            "Cameras: drift as the device feels it",
             f"Above its release's threshold a device asks: {uncertain}. What it asks about is what the next release "
             "learns from.",
             lambda frame: charts.camera_scores_chart(phases, frame),
@@ -174,7 +174,7 @@ def _pictures(report: dict[str, Any], evidence: Evidence, thresholds: Mapping[st
         ),
         _figure(
             "ledger",
-            "Every reading is accounted for",
+            "Where every reading went",
             "Bars share one scale and begin at the same reading. A promise of the gateway that the cloud could not "
             "keep would show as a difference between the last two, and as a hole.",
             lambda frame: charts.ledger_chart(evidence.account, frame),
@@ -186,32 +186,27 @@ def _pictures(report: dict[str, Any], evidence: Evidence, thresholds: Mapping[st
 
 
 def _models(evidence: Evidence) -> str:
-    head = ("Model", "Tier", "Runtime", "Metric", "float", "int8", "Parent", "Size, kB", "", "Call, µs", "", "Ships")
+    head = ("Release", "Tier", "Runtime", "Metric", "float / int8", "Parent", "Size, kB", "Call, µs", "Ships")
     rows = []
     for build in evidence.builds:
         for tier, found in build.tiers.items():
-            ships = str(found["ships"])
-            pairs = [
-                _pair(found, name, ships, form)
-                for name, form in (("metric", _three_digits), ("bytes", _kilobytes), ("latency", _microseconds))
-            ]
             parent = found.get("metric_parent")
             rows.append(
                 [
-                    f"{_e(build.model)} {build.release}",
+                    _e(f"{build.model} {build.release}"),
                     _e(tier),
                     _e(evidence.runtimes.get(tier, "")),
                     _e(_metric_name(build, tier)),
-                    *pairs[0],
-                    "–" if parent is None else _three_digits(float(parent)),
-                    *pairs[1],
-                    *pairs[2],
-                    f'<strong>{_e(ships)}</strong><br><span class="quiet">{_e(found["reason"])}</span>',
+                    _pair(build, tier, "metric", lambda value: f"{value:.3f}"),
+                    _NOTHING if parent is None else f"{float(parent):.3f}",
+                    _pair(build, tier, "bytes", lambda value: f"{value / 1000:.1f}"),
+                    _pair(build, tier, "latency", lambda value: f"{value:.1f}"),
+                    f'<strong>{_e(found["ships"])}</strong><br><span class="quiet">{_e(found["reason"])}</span>',
                 ]
             )
     text = (
-        "Both precisions of each release, measured in the runtime that ships, on rows that the release was not trained "
-        "on; what ships is in bold. Parent is the release before, on the same rows."
+        "Both precisions of each release, float / int8, measured in the runtime that ships on rows that the release "
+        "was not trained on. What ships is in bold. Parent is the release before it, on the same rows."
     )
     return _section("Models", f"<p>{text}</p>{_table(head, rows, css='models')}")
 
@@ -256,11 +251,10 @@ def _notes(report: dict[str, Any]) -> str:
     notes = (
         f"Labels come from {report['cameras']['labels_from']}, with a delay.",
         f"Accuracy is measured on {held_out:,} readings of held-out images. No release was trained on these images.",
-        "The devices are simulated; readings, models, runtimes, broker and messages are real. The drift is a real "
-        "transformation of the images: rotation, blur, exposure and noise.",
-        "JSON sizes are counted, not sent: for every reading of the sensors the same message is written in protobuf's "
-        "canonical JSON form, and in the shortest JSON that carries device, number, time and values. Topic names and "
-        "protocol headers are left out on both sides.",
+        "The devices are simulated; readings, models, runtimes, broker and messages are real.",
+        "The drift is a real transformation of the images: rotation, blur, exposure and noise.",
+        "JSON sizes are counted, not sent: each reading is also written in both JSON forms and measured.",
+        "Bytes are of payloads; topics, properties and protocol headers count on neither side.",
         "Everything ran on one machine over the loopback interface: latencies have no radio or network in them.",
     )
     return _section("Read with care", f"<ul>{''.join(f'<li>{_e(note)}</li>' for note in notes)}</ul>")
@@ -302,3 +296,95 @@ def _metric_name(build: BuildReport, tier: str) -> str:
     shipped = round(float(build.tiers[tier][f"metric_{build.tiers[tier]['ships']}"] or 0) * _PPM)
     names = [name for name, value in build.metrics_ppm.items() if name.startswith(f"{tier}_") and value == shipped]
     return names[0].removeprefix(f"{tier}_").replace("_", " ") if names else ""
+
+
+# -- HTML ------------------------------------------------------------------------------------------------------------
+
+
+def _e(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{_e(title)}</h2>{content}</section>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, css: str) -> str:
+    """Cells are HTML already. A table wider than the page scrolls by itself."""
+    titles = "".join(f'<th scope="col">{_e(title)}</th>' for title in head)
+    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return (
+        f'<div class="scroll"><table class="{css}"><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'
+    )
+
+
+def _figure(
+    name: str, title: str, text: str, draw: Callable[[Frame], str], heights_px: tuple[int, int], *, full: bool = False
+) -> str:
+    wide = draw(Frame(f"{name}-wide", _FULL_PX if full else _HALF_PX, heights_px[0]))
+    phone = draw(Frame(f"{name}-phone", _PHONE_PX, heights_px[1]))
+    return (
+        f'<figure class="{"full" if full else "half"}"><figcaption><h2>{_e(title)}</h2><p>{_e(text)}</p></figcaption>'
+        f'<div class="wide">{wide}</div><div class="phone">{phone}</div></figure>'
+    )
+
+
+def _equation(ledger: Mapping[str, Any], whole: str, parts: Sequence[str]) -> str:
+    holds = ledger[whole] == sum(ledger[part] for part in parts)
+    names = " + ".join(part.replace("_", " ") for part in parts)
+    numbers = " + ".join(f"{ledger[part]:,}" for part in parts)
+    return (
+        f'<p class="equation">{_state(holds)}<span>{whole} = {names}</span>'
+        f"<span>{ledger[whole]:,} = {numbers}</span></p>"
+    )
+
+
+def _state(ok: bool) -> str:  # noqa: FBT001  the state is the argument
+    return '<span class="state good">✓ ok</span>' if ok else '<span class="state bad">✗ failed</span>'
+
+
+def _pair(build: BuildReport, tier: str, name: str, form: Callable[[float], str]) -> str:
+    """Float and int8, the one that ships in bold."""
+    found = build.tiers[tier]
+    unit = "_us" if name == "latency" else ""
+    cells = []
+    for precision in ("float", "int8"):
+        text = form(float(found[f"{name}_{precision}{unit}"] or 0))
+        cells.append(f"<strong>{text}</strong>" if found["ships"] == precision else text)
+    return " / ".join(cells)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def _ratio(large: float, small: float) -> str:
+    return f"{large / small:.1f}\N{MULTIPLICATION SIGN}" if small else _NOTHING
+
+
+def _css() -> str:
+    light, dark = ("".join(f"--{name}:{colours[i]};" for name, colours in charts.PALETTE.items()) for i in (0, 1))
+    style = resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")
+    return f":root{{{light}}}@media (prefers-color-scheme: dark){{:root{{{dark}}}}}\n{style}"
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>Shoal demo report</title>
+<style>{css}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
