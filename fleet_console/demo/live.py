@@ -17,9 +17,12 @@ from fleet_console.demo.measure import Accuracy
 
 # How often a log that nobody watches gets a line.
 _PLAIN_INTERVAL_S = 5.0
-_BAR_CELLS = 20
+_WIDE_BAR = 24
+_NARROW_BAR = 12
 _WIDE_COLUMNS = 96
 _NOTHING = "not yet"
+
+_Facts = Sequence[tuple[str, str | Text]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +110,15 @@ def status_line(snapshot: Snapshot) -> str:
 
 def picture(snapshot: Snapshot, width: int) -> RenderableType:
     """The whole view for a terminal of `width` columns."""
-    fleet, messages = _panel("Fleet", _fleet(snapshot)), _panel("Messages", _messages(snapshot))
-    accuracy, models = (
-        _panel("Camera accuracy, held-out images", _accuracy(snapshot)),
-        _panel("Models", _models(snapshot)),
+    fleet, messages, models = (
+        _panel(title, _facts(rows))
+        for title, rows in (
+            ("Fleet", _fleet(snapshot)),
+            ("Messages", _messages(snapshot)),
+            ("Models", _models(snapshot)),
+        )
     )
+    accuracy = _panel("Camera accuracy, held-out images", _accuracy(snapshot, wide=width >= _WIDE_COLUMNS))
     events = _panel("Events", _events(snapshot))
     header = Table.grid(expand=True)
     header.add_column(ratio=1)
@@ -121,20 +128,24 @@ def picture(snapshot: Snapshot, width: int) -> RenderableType:
         Text(f"{int(snapshot.elapsed_s) // 60}:{int(snapshot.elapsed_s) % 60:02d}", "bold"),
     )
     if width < _WIDE_COLUMNS:
-        return Group(header, fleet, messages, accuracy, models, events)
+        return Group(header, _side_by_side(fleet, messages), models, accuracy, events)
     return Group(header, _side_by_side(fleet, messages, models), accuracy, events)
 
 
 def print_summary(console: Console, report: Mapping[str, Any]) -> None:
     """Say how it ended: the checks, and the figures that people ask for."""
     checks = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    checks.add_column("")
+    checks.add_column("Result")
     checks.add_column("Asked")
     checks.add_column("Measured")
     for item in report["checks"]:
         mark = Text("ok", "green") if item["ok"] else Text("FAILED", "bold red")
         checks.add_row(mark, Text(item["name"]), Text(item["measured"]))
     sensors, right, latency = report["sensors"], report["cameras"]["accuracy"], report["latency_ms"]
+    uplink = (
+        f"{sensors['bytes_sent']:,} bytes; compact JSON {sensors['bytes_all_json_compact']:,}, "
+        f"canonical JSON {sensors['bytes_all_json']:,}"
+    )
     figures = Table.grid(padding=(0, 2))
     for name, text in (
         ("Cameras", " > ".join(f"{share:.1%} {_words(phase)}" for phase, share in right.items())),
@@ -142,11 +153,7 @@ def print_summary(console: Console, report: Mapping[str, Any]) -> None:
             "Sensors",
             f"{sensors['recall']:.1%} of anomalies in the cloud with {sensors['uplink_share']:.1%} of the readings",
         ),
-        (
-            "Uplink",
-            f"{sensors['bytes_sent']:,} bytes; {sensors['bytes_all_json_compact']:,} as compact JSON, "
-            f"{sensors['bytes_all_json']:,} as canonical JSON",
-        ),
+        ("Uplink", uplink),
         ("Latency", ", ".join(f"{name} {value:,.1f} ms" for name, value in latency.items()) or "no reply"),
         ("Models", ", ".join(_releases(report["models"])) or "none"),
     ):
@@ -181,7 +188,7 @@ def _height(panel: Panel) -> int:
     return panel.renderable.row_count + 2 if isinstance(panel.renderable, Table) else 3
 
 
-def _facts(rows: Sequence[tuple[str, str | Text]]) -> Table:
+def _facts(rows: _Facts) -> Table:
     grid = Table.grid(padding=(0, 1), expand=True)
     grid.add_column(ratio=1, style="dim", no_wrap=True)
     grid.add_column(justify="right", no_wrap=True)
@@ -190,55 +197,50 @@ def _facts(rows: Sequence[tuple[str, str | Text]]) -> Table:
     return grid
 
 
-def _fleet(snapshot: Snapshot) -> Table:
+def _fleet(snapshot: Snapshot) -> _Facts:
     online = f"{snapshot.devices_online} of {snapshot.devices_total}"
     everybody = snapshot.devices_online == snapshot.devices_total
-    rows: list[tuple[str, str | Text]] = [
+    return [
         ("devices online", Text(online, "green" if everybody else "yellow")),
         ("sensor readings asked", _share(snapshot.asked_share)),
         ("sensor readings stored", _share(snapshot.uplink_share)),
         ("images labelled", f"{snapshot.labels:,}"),
+        *((f"{name} restarted", Text(f"{times}", "yellow")) for name, times in snapshot.restarts.items()),
     ]
-    rows += [(f"{name} restarted", Text(f"{times}", "yellow")) for name, times in snapshot.restarts.items()]
-    return _facts(rows)
 
 
-def _messages(snapshot: Snapshot) -> Table:
-    rows: list[tuple[str, str | Text]] = [(kind, f"{count:,}") for kind, count in sorted(snapshot.messages.items())]
-    return _facts([("per second", f"{snapshot.messages_per_s:,.0f}"), *rows])
+def _messages(snapshot: Snapshot) -> _Facts:
+    counts = ((kind, f"{count:,}") for kind, count in sorted(snapshot.messages.items()))
+    return [("per second", f"{snapshot.messages_per_s:,.0f}"), *counts]
 
 
-def _models(snapshot: Snapshot) -> Table:
-    rows: list[tuple[str, str | Text]] = [
-        (f"{model} {release}", f"{nodes} node{'s' if nodes != 1 else ''}")
+def _models(snapshot: Snapshot) -> _Facts:
+    running = (
+        (f"{model} {release}", f"{nodes} node{'' if nodes == 1 else 's'}")
         for model, releases in sorted(snapshot.nodes_by_release.items())
         for release, nodes in sorted(releases.items())
-    ]
-    built = ", ".join(snapshot.builds)
-    return _facts([*rows, ("built", built or _NOTHING)])
+    )
+    return [("releases built", f"{len(snapshot.builds)}"), *running]
 
 
-def _accuracy(snapshot: Snapshot) -> Table:
-    grid = Table.grid(padding=(0, 1))
-    for release_phase, right in snapshot.accuracy.items():
-        release, phase = release_phase
-        grid.add_row(
-            f"release {release}",
-            Text(_words(phase), "dim"),
-            *_bar(right.device, "blue"),
-            Text("device", "dim"),
-            *_bar(right.cascade, "yellow"),
-            Text("with the gateway", "dim"),
-            Text(f"{right.readings:,} readings", "dim"),
-        )
+def _accuracy(snapshot: Snapshot, *, wide: bool) -> RenderableType:
+    """A row for each release and phase, with a bar for the device alone and one for what the application has."""
     if not snapshot.accuracy:
-        grid.add_row(Text(_NOTHING, "dim"))
-    return grid
+        return Text(_NOTHING, "dim")
+    cells = _WIDE_BAR if wide else _NARROW_BAR
+    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim")
+    for title in ("release", "phase", "device alone", "", "with gateway", ""):
+        table.add_column(title, no_wrap=True)
+    table.add_column("readings", justify="right", no_wrap=True)
+    for (release, phase), right in snapshot.accuracy.items():
+        bars = (*_bar(right.device, cells, "blue"), *_bar(right.cascade, cells, "yellow"))
+        table.add_row(f"{release}", Text(_words(phase)), *bars, f"{right.readings:,}")
+    return table
 
 
-def _bar(share: float, style: str) -> tuple[Text, Text]:
-    full = round(share * _BAR_CELLS)
-    bar = Text.assemble(("━" * full, style), ("━" * (_BAR_CELLS - full), "bright_black"))
+def _bar(share: float, cells: int, style: str) -> tuple[Text, Text]:
+    full = round(share * cells)
+    bar = Text.assemble(("━" * full, style), ("━" * (cells - full), "bright_black"))
     return bar, Text(f"{share:6.1%}", style)
 
 

@@ -6,15 +6,21 @@ Invariants:
 - a blob that the broker does not have goes to the back of the queue, so that it never blocks the others.
 """
 
-import random
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from shoal.release.chunks import digest
 
 # MEASURED on Mosquitto: 16 exact topics at a time lose nothing, and are as fast as one wildcard.
 WINDOW = 16
+
+
+class Chance(Protocol):
+    """Where jitter comes from; `random.Random` is one."""
+
+    def uniform(self, a: float, b: float) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +52,7 @@ class Transfer:
 
     def __init__(
         self,
-        rng: random.Random,
+        rng: Chance,
         counters: Counter[str],
         *,
         window: int = WINDOW,

@@ -1,0 +1,70 @@
+# Two environments: .venv for everything, .venv-device for the device alone (tflite-runtime needs numpy 1).
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+DEVICE_BIN := .venv-device/bin
+PROTOS := $(wildcard proto/shoal/v1/*.proto)
+EXTRAS := device,gateway,cloud,simulator,console,dev
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv venv-device demo test test-device lint format proto proto-check bench check clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+venv: $(VENV)/.installed ## Make the main environment
+venv-device: .venv-device/.installed ## Make the small environment of a device on tflite-runtime
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Shoal needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@echo "Installing Shoal and what it needs into $(VENV), about 2.6 GB: one to three minutes"
+	@started=$$(date +%s); test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]' && \
+	touch $@ && echo "Installed in $$(( $$(date +%s) - started )) s"
+
+.venv-device/.installed: pyproject.toml constraints-device.txt
+	@echo "Installing the device alone into .venv-device"
+	@started=$$(date +%s); test -x $(DEVICE_BIN)/python || $(PYTHON) -m venv .venv-device; \
+	$(DEVICE_BIN)/pip install --quiet --disable-pip-version-check -c constraints-device.txt -e '.[device-tflite]' \
+	  pytest pytest-timeout hypothesis && \
+	touch $@ && echo "Installed in $$(( $$(date +%s) - started )) s"
+
+demo: venv ## Run the whole loop on real data; ARGS="--quick --seed 8" and so on
+	@$(BIN)/shoal demo $(ARGS)
+
+test: venv test-device ## Run all tests, the device's in both environments
+	@echo "== every test in the main environment"
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-device: venv-device
+	@echo "== the device's tests on tflite-runtime and numpy 1"
+	@$(DEVICE_BIN)/python -m pytest -m device tests/shoal tests/device_agent
+
+lint: venv proto-check ## Check style, types, layers and the protobuf contract
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/buf lint
+
+format: venv ## Put the code in shape
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+proto: venv ## Generate the protobuf code again
+	@$(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto $(PROTOS)
+
+proto-check: venv
+	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && \
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out="$$fresh" --pyi_out="$$fresh" $(PROTOS) && \
+	for file in "$$fresh"/shoal/v1/*; do cmp "$$file" "proto/shoal/v1/$$(basename "$$file")" || exit 1; done
+
+bench: venv ## Measure what the README and docs quote
+	@$(BIN)/python benchmarks/protobuf_size.py
+
+check: lint test ## What CI runs, but for the demos
+
+clean: ## Remove environments, caches and demo output
+	rm -rf .venv .venv-device demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
