@@ -42,7 +42,7 @@ class DigitsTask:
     shape: tuple[int, ...] = (8, 8, 1)
     score: pb.ScoreKind = pb.SCORE_KIND_UNCERTAINTY
     metric_name = "accuracy"
-    threshold_rule = ShareRule(device=0.10, gateway=0.05)
+    threshold_rule = ShareRule(device=0.15, gateway=0.10)
     plans: Mapping[pb.Tier, TrainingPlan] = MappingProxyType(
         {
             pb.TIER_DEVICE: TrainingPlan(steps=1200, batch_rows=64, learning_rate=4e-3),

@@ -17,9 +17,9 @@ from fleet_console.demo.measure import Accuracy
 
 # How often a log that nobody watches gets a line.
 _PLAIN_INTERVAL_S = 5.0
-_WIDE_BAR = 24
+_WIDE_BAR = 20
 _NARROW_BAR = 12
-_WIDE_COLUMNS = 96
+_WIDE_COLUMNS = 100
 _NOTHING = "not yet"
 
 _Facts = Sequence[tuple[str, str | Text]]
@@ -69,7 +69,7 @@ class LiveView:
         self._next_line_s = 0.0
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal and not os.environ.get("CI"):
+        if self._console.is_terminal and not self._console.is_dumb_terminal and not os.environ.get("CI"):
             self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
             self._live.start()
         return self

@@ -18,7 +18,7 @@ SITE = "plant-a"
 GATEWAY = "gw-01"
 SENSORS = "shuttle"
 CAMERAS = "digits"
-_AUDIT_SHARE = 0.01
+_AUDIT_SHARE = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ QUICK = Sizes(
     camera_rate_hz=5.0,
     camera_readings_before=50,
     camera_readings_after=60,
-    min_new_labels=400,
+    min_new_labels=500,
     label_delay_s=2.0,
     max_s=115.0,
 )
@@ -149,7 +149,7 @@ def make_config(options: Options, broker_url: str) -> Config:
         trusted_root=root,
         broker=broker,
         seed=options.seed,
-        audit_share=_AUDIT_SHARE / 4,
+        audit_share=_AUDIT_SHARE / 8,
         retry_after_s=5.0,
         probation_s=3.0,
     )
