@@ -75,10 +75,9 @@ class Scores:
 def accuracy_chart(points: Sequence[AccuracyPoint], marks: Sequence[Mark], frame: Frame) -> str:
     """Draw the device's and the cascade's accuracy over time; drift and releases are labelled lines."""
     figure = _figure(frame)
-    legend_px = _ROW_PX
     last = max([point.at_s for point in points] + [mark.at_s for mark in marks], default=1.0)
     rows = _label_rows([(mark.at_s, mark.text) for mark in marks], last, frame.width_px - 46 - 14)
-    axes = _axes(figure, frame, left=46, right=14, top=legend_px + 14 + _ROW_PX * (max(rows, default=0) + 1), bottom=42)
+    axes = _axes(figure, frame, left=46, right=14, top=14 + _ROW_PX * (max(rows, default=0) + 2), bottom=42)
     axes.set_xlim(0, last * 1.01)
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
@@ -338,7 +337,6 @@ def _bar_rows(axes: Axes, rows: int, label: str) -> None:
     axes.set_yticks([])
     axes.set_ylim(rows - 0.6, -0.9)
     axes.set_xlim(left=0)
-    axes.margins(x=0)
     axes.set_xlabel(label)
 
 

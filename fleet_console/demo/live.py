@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fleet_console.demo.measure import Accuracy
+from simulator.script import Phase
 
 # How often a log that nobody watches gets a line.
 _PLAIN_INTERVAL_S = 5.0
@@ -21,6 +22,7 @@ _WIDE_BAR = 20
 _NARROW_BAR = 12
 _WIDE_COLUMNS = 100
 _NOTHING = "not yet"
+_PHASES = [phase.value for phase in Phase]
 
 _Facts = Sequence[tuple[str, str | Text]]
 
@@ -102,7 +104,7 @@ def status_line(snapshot: Snapshot) -> str:
     if snapshot.uplink_share is not None:
         parts.append(f"uplink {snapshot.uplink_share:.1%}")
     if snapshot.accuracy:
-        (release, phase), right = list(snapshot.accuracy.items())[-1]
+        release, phase, right = _by_story(snapshot)[-1]
         parts.append(f"release {release} {_words(phase)} {right.device:.1%}")
     parts += [f"{name} restarted {times}" for name, times in snapshot.restarts.items()]
     return "  ".join(parts)
@@ -202,8 +204,8 @@ def _fleet(snapshot: Snapshot) -> _Facts:
     everybody = snapshot.devices_online == snapshot.devices_total
     return [
         ("devices online", Text(online, "green" if everybody else "yellow")),
-        ("sensor readings asked", _share(snapshot.asked_share)),
-        ("sensor readings stored", _share(snapshot.uplink_share)),
+        ("sensor rows asked", _share(snapshot.asked_share)),
+        ("sensor rows stored", _share(snapshot.uplink_share)),
         ("images labelled", f"{snapshot.labels:,}"),
         *((f"{name} restarted", Text(f"{times}", "yellow")) for name, times in snapshot.restarts.items()),
     ]
@@ -232,10 +234,16 @@ def _accuracy(snapshot: Snapshot, *, wide: bool) -> RenderableType:
     for title in ("release", "phase", "device alone", "", "with gateway", ""):
         table.add_column(title, no_wrap=True)
     table.add_column("readings", justify="right", no_wrap=True)
-    for (release, phase), right in snapshot.accuracy.items():
+    for release, phase, right in _by_story(snapshot):
         bars = (*_bar(right.device, cells, "blue"), *_bar(right.cascade, cells, "yellow"))
         table.add_row(f"{release}", Text(_words(phase)), *bars, f"{right.readings:,}")
     return table
+
+
+def _by_story(snapshot: Snapshot) -> list[tuple[int, str, Accuracy]]:
+    """Releases and phases as they follow each other; the newest is the last."""
+    rows = [(release, phase, right) for (release, phase), right in snapshot.accuracy.items()]
+    return sorted(rows, key=lambda row: (row[0], _PHASES.index(row[1])))
 
 
 def _bar(share: float, cells: int, style: str) -> tuple[Text, Text]:
