@@ -179,7 +179,7 @@ def latency_chart(fleets: Mapping[str, Sequence[float]], frame: Frame) -> str:
             axes.annotate(
                 f"{label} {milliseconds(at)}",
                 (at, percent / 100),
-                xytext=(-8, 1) if left else (8, -1),
+                xytext=(-8, 4) if left else (8, -4),
                 textcoords="offset points",
                 ha="right" if left else "left",
                 va="bottom" if left else "top",

@@ -38,6 +38,7 @@ _LEDGER = (
     ("in_flight", "questions still open at the end"),
     ("samples_promised", "rows that a reply promised to the cloud"),
     ("samples_stored", "rows that the cloud's store holds"),
+    ("samples_set_aside", "samples that the cloud refused and keeps for people"),
     ("duplicates_stored", "rows that it holds twice"),
     ("holes", "rows that the witnesses do not agree about"),
 )
@@ -151,8 +152,7 @@ def _pictures(report: dict[str, Any], evidence: Evidence, thresholds: Mapping[st
             "latency",
             "From question to reply",
             f"Over both fleets half of the replies come within {milliseconds(latency.get('p50', 0))} and 99% within "
-            f"{milliseconds(latency.get('p99', 0))}. The time that a question waits on the device for company in one "
-            "message is part of it.",
+            f"{milliseconds(latency.get('p99', 0))}.",
             lambda frame: charts.latency_chart(fleets, frame),
             (300, 300),
         ),

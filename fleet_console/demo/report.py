@@ -68,7 +68,8 @@ def make_report(evidence: Evidence) -> dict[str, Any]:
     """Put the evidence into the document that `report.json` holds."""
     phases = (Phase.BEFORE_DRIFT, Phase.AFTER_DRIFT, Phase.AFTER_UPDATE)
     right = {phase.value: accuracy(evidence.camera_entries, phase) for phase in phases}
-    checks = check(evidence.account, evidence.sensors, right)
+    fleet_restarted = any(name in evidence.restarts for name in ("sensors", "cameras"))
+    checks = check(evidence.account, evidence.sensors, right, fleet_restarted=fleet_restarted)
     everything = [*evidence.sensor_entries, *evidence.camera_entries]
     return {
         "closed": all(item.ok for item in checks),
@@ -106,8 +107,13 @@ def make_report(evidence: Evidence) -> dict[str, Any]:
     }
 
 
-def check(account: Account, sensors: Uplink, right: dict[str, Accuracy]) -> list[Check]:
-    """Say whether the loop closed, condition by condition."""
+def check(
+    account: Account, sensors: Uplink, right: dict[str, Accuracy], *, fleet_restarted: bool = False
+) -> list[Check]:
+    """Say whether the loop closed, condition by condition.
+
+    Only a fleet process that was killed may have lost readings that its outbox had not accepted yet.
+    """
     before, after = right["before_drift"].device, right["after_drift"].device
     updated = right["after_update"].device
     fall = before - after
@@ -117,12 +123,17 @@ def check(account: Account, sensors: Uplink, right: dict[str, Accuracy]) -> list
     sums = (
         account.produced == account.kept + account.lost_before_accept + account.accepted
         and account.accepted == settled
-        and account.samples_stored >= account.samples_promised
+        and account.samples_stored + account.samples_set_aside >= account.samples_promised
     )
     return [
         Check("no reading and no sample is missing", account.holes == 0, f"{account.holes} holes"),
         Check("nothing is stored twice", account.duplicates_stored == 0, f"{account.duplicates_stored} duplicates"),
         Check("the ledger's sums are exact", sums, f"{account.produced:,} rows produced"),
+        Check(
+            "nothing was lost before it was accepted",
+            account.lost_before_accept == 0 or fleet_restarted,
+            f"{account.lost_before_accept} lost",
+        ),
         Check("nothing is still under way", account.in_flight == 0, f"{account.in_flight} in flight"),
         Check("cameras recover", updated >= _MIN_ACCURACY, f"accuracy {updated:.3f}, at least {_MIN_ACCURACY}"),
         Check(

@@ -114,7 +114,7 @@ def evidence(cameras, sensors, build):
         seed=7,
         quick=True,
         seconds=61.26,
-        account=Account(130, 115, 0, 15, 15, 0, 0, 0, 5, 5, 0, 0),
+        account=Account(130, 115, 0, 15, 15, 0, 0, 0, 5, 5, 0, 0, 0),
         sensors=uplink(sensors, {Row("sensor-00", seq) for seq in range(0, 100, 20)}, Seen(500, 300.4)),
         sensor_entries=sensors,
         camera_entries=cameras,
@@ -133,7 +133,7 @@ def empty(evidence):
     """Evidence of a run that ended before its first reading."""
     return replace(
         evidence,
-        account=Account(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
+        account=Account(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
         sensors=uplink([], set(), Seen()),
         sensor_entries=[],
         camera_entries=[],

@@ -15,7 +15,7 @@ from shoal.delivery.ledger import Account
 POINTS = [AccuracyPoint(1.5, 0.99, 0.99, 20), AccuracyPoint(4.5, 0.4, 0.7, 20), AccuracyPoint(7.5, 0.95, 0.97, 20)]
 MARKS = [Mark(0.0, "release 1"), Mark(3.0, "drift begins"), Mark(6.0, "release 2")]
 UPLINK = Uplink(1000, 50, 0.98, 0.9, 0.08, 0.07, 20_000, 200_000, 80_000)
-ACCOUNT = Account(1000, 900, 0, 100, 99, 1, 0, 0, 40, 40, 0, 0)
+ACCOUNT = Account(1000, 900, 0, 100, 99, 1, 0, 0, 40, 40, 0, 0, 0)
 
 Draw = Callable[[Frame], str]
 DRAWN: dict[str, Draw] = {
@@ -36,7 +36,7 @@ EMPTY: dict[str, Draw] = {
     "sensors": lambda frame: charts.sensor_scores_chart([Scores("normal", [], None)], frame),
     "cameras": lambda frame: charts.camera_scores_chart([Scores("before", [], None)], frame),
     "latency": lambda frame: charts.latency_chart({"sensors": []}, frame),
-    "ledger": lambda frame: charts.ledger_chart(Account(*[0] * 12), frame),
+    "ledger": lambda frame: charts.ledger_chart(Account(*[0] * 13), frame),
 }
 each = pytest.mark.parametrize("name", DRAWN)
 

@@ -66,7 +66,7 @@ def test_page_says_that_the_loop_closed(render, evidence):
     """Pins verdict, headline figures and every check with what was measured."""
     page = _Page(render(evidence))
     assert "The loop closed" in page.text
-    assert "8 of 8 checks passed" in page.text
+    assert "9 of 9 checks passed" in page.text
     assert "90.0% camera accuracy after the update" in page.text
     assert "100.0% before the drift, 40.0% after it" in page.text
     assert "25.0\N{MULTIPLICATION SIGN} fewer bytes than as canonical JSON" in page.text
@@ -81,7 +81,7 @@ def test_page_says_that_the_loop_did_not_close(render, evidence):
     account = replace(evidence.account, holes=1, kept=114, named_holes=holes)
     page = _Page(render(replace(evidence, account=account)))
     assert "The loop did not close" in page.text
-    assert "6 of 8 checks passed" in page.text
+    assert "7 of 9 checks passed" in page.text
     assert holes[0] in page.text
     assert page.text.count("✗ failed") == 3
 

@@ -34,6 +34,7 @@ def test_closed_loop_passes_every_check(evidence, right):
         ({"answered": 14}, "the ledger's sums are exact"),
         ({"samples_stored": 4}, "the ledger's sums are exact"),
         ({"in_flight": 1, "answered": 14}, "nothing is still under way"),
+        ({"kept": 114, "lost_before_accept": 1}, "nothing was lost before it was accepted"),
     ],
 )
 def test_ledger_that_does_not_close_fails_one_check(evidence, right, change, name):

@@ -67,6 +67,7 @@ class Account:
     in_flight: int
     samples_promised: int
     samples_stored: int
+    samples_set_aside: int
     duplicates_stored: int
     holes: int
     named_holes: list[str] = field(default_factory=list)
@@ -100,6 +101,7 @@ def reconcile(books: Books) -> Account:
         in_flight=in_flight,
         samples_promised=len(books.promised),
         samples_stored=len(dict(stored)),
+        samples_set_aside=books.set_aside,
         duplicates_stored=len(stored) - len({(row.device, reference) for row, reference in stored}),
         holes=len(holes),
         named_holes=holes[:_NAMED_HOLES],
@@ -142,6 +144,8 @@ def _row_holes(books: Books, excused: int) -> list[str]:
     open_rows = sorted(books.wanted - books.answered - books.refused)
     strangers = sorted(books.asked - books.wanted)
     holes = [f"{row.device} asked about {row.seq}, which its source never gave it" for row in strangers]
+    unasked = sorted((books.answered | books.refused) - books.asked)
+    holes += [f"{row.device}/{row.seq} was answered, and nobody saw it asked" for row in unasked]
     unexplained = open_rows[: max(0, len(open_rows) - excused)]
     return holes + [f"{row.device}/{row.seq} was meant to be asked and was never answered" for row in unexplained]
 
