@@ -97,6 +97,7 @@ def join(secured):
     yield connect
     for peer in peers:
         peer.client.disconnect()
+        peer.client.reinitialise()  # closes what paho otherwise leaves to the garbage collector
 
 
 @pytest.mark.parametrize("node", _NODES, ids=lambda node: node.name)
