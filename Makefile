@@ -8,7 +8,7 @@ EXTRAS := device,gateway,cloud,simulator,console,dev
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-device demo test test-device lint format proto proto-check bench check clean
+.PHONY: help venv venv-device demo test test-device lint format proto proto-check bench faults-install check clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -62,6 +62,9 @@ proto-check: venv
 
 bench: venv ## Measure what the README and docs quote
 	@$(BIN)/python benchmarks/protobuf_size.py
+
+faults-install: venv ## Inject a fault into every system call of an install (minutes; needs strace)
+	@$(BIN)/python tests/campaigns/faults_install.py $(ARGS)
 
 check: lint test ## What CI runs, but for the demos
 
