@@ -2,10 +2,10 @@
 
     python tests/campaigns/faults_install.py [--every N] [--jobs N]
 
-Two stories: a node that runs release 1 installs release 2, and a new node installs release 2. First the calls that touch
-its directory are listed. Then, for each of them and each fault, the node starts from the same disk, meets the fault, and
-is started again without it. What it runs must be whole and pass its golden vectors (else `bad_active`), it must not end
-by itself (else `died`), and it must reach release 2 in the end (else `stuck`).
+Two stories: a node that runs release 1 installs release 2, and a new node installs release 2. First the calls that
+touch its directory are listed. Then, for each of them and each fault, the node starts from the same disk, meets the
+fault, and is started again without it. What it runs must be whole and pass its golden vectors (else `bad_active`), it
+must not end by itself (else `died`), and it must reach release 2 in the end (else `stuck`).
 
 The control does the same to a node whose files are written in place, without fsync and rename: it must fail, or this
 campaign would prove nothing. Prints one JSON object last.

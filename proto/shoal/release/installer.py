@@ -88,6 +88,8 @@ class Installer:
         self._activate = activate
         self._counters = counters
         self._slots = Slots()
+        self._is_open = False
+        self._news: tuple[TrustedPlan, BundleEntry | None, Lookup] | None = None
         self._step = _Step.IDLE
         self._goal: _Goal | None = None
         self._spec_fetch: FileFetch | None = None
@@ -98,8 +100,18 @@ class Installer:
     # -- what the client calls -----------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Run what this node already has. Needs no network."""
+        """Run what this node already has. Needs no network; on a disk that fails it is tried again by `tick`."""
+        try:
+            self._open()
+        except OSError as exc:
+            self._note_disk_error(exc)
+
+    def _open(self) -> None:
         self._slots = self._store.open()
+        self._start_running()
+        self._is_open = True
+
+    def _start_running(self) -> None:
         while (running := self._slots.running) is not None:
             index = self._slots.active or 0
             if running.phase is Phase.PROBATION and running.tries_left == 0:
@@ -112,6 +124,9 @@ class Installer:
 
     def follow(self, plan: TrustedPlan, entry: BundleEntry | None, lookup: Lookup) -> None:
         """Work towards the release that `plan` names; `entry` says where its spec is, None while nobody knows."""
+        if not self._is_open:
+            self._news = (plan, entry, lookup)
+            return
         content = Content(plan.plan.release, b"", plan.spec.sha256)
         if self._goal is not None and self._goal.plan.spec == plan.spec:
             if self._step is _Step.SPEC and self._goal.entry != entry:
@@ -138,6 +153,11 @@ class Installer:
         if now < self._paused_until:
             return
         try:
+            if not self._is_open:
+                self._open()
+            if self._news is not None:
+                news, self._news = self._news, None
+                self.follow(*news)
             self._confirm_when_due(now)
             if self._step is _Step.CHECK:
                 self._check_spec()

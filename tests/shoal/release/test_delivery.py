@@ -7,6 +7,7 @@ import pytest
 from shoal.release.chunks import CHUNK_BYTES, digest, split
 from shoal.release.plan import cohort
 from shoal.release.selftest import Outcome, Verdict
+from shoal.release.slot_store import SlotStore
 from shoal.routes import Route, topic
 from shoal.v1.node_pb2 import SlotPhase
 from shoal.v1.release_pb2 import BundleEntry, TrustBundle
@@ -78,6 +79,24 @@ def test_restart_activates_from_disk_without_network(cloud, make_node):
     node.run(20)
     node.boot(connected=False)
     assert node.active == [(1, data), (1, data)]
+
+
+def test_disk_that_fails_at_start_is_tried_again(cloud, make_node, monkeypatch):
+    """A node whose store cannot be opened goes on, and catches up when the disk comes back."""
+    data = model_bytes(1)
+    cloud.ship(data)
+    whole = SlotStore.open
+
+    def broken(_self):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(SlotStore, "open", broken)
+    node = make_node()
+    node.run()
+    assert not node.active
+    monkeypatch.setattr(SlotStore, "open", whole)
+    node.run(200)
+    assert node.active == [(1, data)]
 
 
 def test_interrupted_transfer_resumes_with_just_the_missing_chunks(cloud, make_node):
