@@ -1,5 +1,5 @@
 # Two environments: .venv for everything, .venv-device for the device alone (tflite-runtime needs numpy 1).
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV := .venv
 BIN := $(VENV)/bin
 DEVICE_BIN := .venv-device/bin
@@ -8,7 +8,7 @@ EXTRAS := device,gateway,cloud,simulator,console,dev
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-device demo test test-device lint format proto proto-check bench faults-install check clean
+.PHONY: help venv venv-device demo test test-device lint format proto proto-check bench faults-install mutation-trust check clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -24,6 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@ && echo "Installed in $$(( $$(date +%s) - started )) s"
 
 .venv-device/.installed: pyproject.toml constraints-device.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "tflite-runtime has no wheel for this Python: make PYTHON=python3.11")'
 	@echo "Installing the device alone into .venv-device"
 	@started=$$(date +%s); test -x $(DEVICE_BIN)/python || $(PYTHON) -m venv .venv-device; \
 	$(DEVICE_BIN)/pip install --quiet --disable-pip-version-check -c constraints-device.txt -e '.[device-tflite]' \
@@ -35,7 +36,7 @@ demo: venv ## Run the whole loop on real data; ARGS="--quick --seed 8" and so on
 
 test: venv test-device ## Run all tests, the device's in both environments
 	@echo "== every test in the main environment"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)
 
 test-device: venv-device
 	@echo "== the device's tests on tflite-runtime and numpy 1"
@@ -58,7 +59,8 @@ proto: venv ## Generate the protobuf code again
 proto-check: venv
 	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && \
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out="$$fresh" --pyi_out="$$fresh" $(PROTOS) && \
-	for file in "$$fresh"/shoal/v1/*; do cmp "$$file" "proto/shoal/v1/$$(basename "$$file")" || exit 1; done
+	{ diff -rq -x '*.proto' -x __init__.py -x __pycache__ "$$fresh/shoal/v1" proto/shoal/v1 || \
+	  { echo "generated code is stale: run make proto and commit what it changes"; exit 1; }; }
 
 bench: venv ## Measure what the README and docs quote
 	@$(BIN)/python benchmarks/protobuf_size.py
@@ -66,8 +68,11 @@ bench: venv ## Measure what the README and docs quote
 faults-install: venv ## Inject a fault into every system call of an install (minutes; needs strace)
 	@$(BIN)/python tests/campaigns/faults_install.py $(ARGS)
 
+mutation-trust: venv ## Remove each check that trust rests on and see a test fail (minutes)
+	@$(BIN)/python tests/campaigns/mutation_trust.py $(ARGS)
+
 check: lint test ## What CI runs, but for the demos
 
 clean: ## Remove environments, caches and demo output
-	rm -rf .venv .venv-device demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-device demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 import msgspec
 
-from cloud.keys import FileKeyStore
+from cloud.keys import FileKeyStore, key_password
 from cloud.pipeline import TIERS, BuiltRelease, build_release
 from cloud.release_orders import submit_plan, submit_release
 from cloud.release_store import ReleaseStore
@@ -87,7 +87,7 @@ def build(settings: CloudSettings, model: ModelSettings) -> BuildReport:
         ShoalError: the gate refused it, or a key or store is missing.
     """
     task = load_task(model.name)
-    keys = FileKeyStore(settings.keys_dir)
+    keys = FileKeyStore(settings.keys_dir, key_password)
     releases = ReleaseStore(settings.releases_dir)
     samples = SampleStore(settings.samples_path)
     extra = samples.labelled(model.name, task.shape)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cloud.sample_store import Fate, SampleStore, StoredLabel, StoredSample
+from cloud.sample_store import MAX_SEQ, Fate, SampleStore, StoredLabel, StoredSample
 from shoal.commands import CommandDesk
 from shoal.errors import PayloadError
 from shoal.ids import parse_id
@@ -38,6 +38,16 @@ class _Batch:
     ack: Callable[[], None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Malformed:
+    """A sample that can never be stored, and where its gateway is told so."""
+
+    gateway: str
+    sample: Sample
+    reason: str
+    answer: SampleAckGroup
+
+
 class Ingest:
     """Call `flush` when the sockets are drained. Several ingest processes may share the work."""
 
@@ -47,7 +57,7 @@ class Ingest:
         self._store = store
         self._wall_clock = wall_clock
         self._waiting: list[_Batch] = []
-        CommandDesk(link, CLOUD_SITE, SERVICE, {"add_labels": self.add_labels})
+        CommandDesk(link, CLOUD_SITE, SERVICE, {"add_labels": self.add_labels}, wall_clock)
         link.subscribe(Route.SAMPLE, self._on_batch, group=_GROUP, ack_late=True)
 
     def _on_batch(self, delivery: Delivery) -> None:
@@ -62,15 +72,29 @@ class Ingest:
         """Store everything that has arrived in one transaction, then acknowledge it."""
         if not self._waiting:
             return
-        batches, self._waiting = self._waiting, []
         now_us = int(self._wall_clock() * 1e6)
-        acks = [SampleAck() for _ in batches]
+        acks = [SampleAck() for _ in self._waiting]
         good: list[tuple[StoredSample, SampleAckGroup]] = []
-        for batch, ack in zip(batches, acks, strict=True):
+        bad: list[_Malformed] = []
+        for batch, ack in zip(self._waiting, acks, strict=True):
             for group in batch.message.groups:
                 answer = ack.groups.add(device=group.device, epoch=group.epoch)
-                good += [(sample, answer) for sample in self._rows(batch, group, answer, now_us)]
+                for sample in group.samples:
+                    try:
+                        good.append((_stored(batch.gateway, group, sample, now_us), answer))
+                    except PayloadError as exc:
+                        bad.append(_Malformed(batch.gateway, sample, str(exc), answer))
         fates = self._store.add(sample for sample, _ in good)
+        batches, self._waiting = self._waiting, []
+        self._judge(good, fates, now_us)
+        for malformed in bad:
+            self._set_aside(malformed, now_us)
+        for batch, ack in zip(batches, acks, strict=True):
+            # Unsent, the gateway sends again and is told that they are duplicates.
+            self._link.publish(Route.ACK, ack, site=batch.site, node=batch.gateway)
+            batch.ack()
+
+    def _judge(self, good: list[tuple[StoredSample, SampleAckGroup]], fates: list[Fate], now_us: int) -> None:
         for (sample, answer), fate in zip(good, fates, strict=True):
             self.counters[f"samples.{fate.value}"] += 1
             if fate is Fate.CONFLICT:
@@ -78,22 +102,13 @@ class Ingest:
                 answer.quarantined.append(sample.seq)
             else:
                 answer.stored.append(sample.seq)
-        for batch, ack in zip(batches, acks, strict=True):
-            # Unsent, the gateway sends again and is told that they are duplicates.
-            self._link.publish(Route.ACK, ack, site=batch.site, node=batch.gateway)
-            batch.ack()
 
-    def _rows(self, batch: _Batch, group: SampleGroup, answer: SampleAckGroup, now_us: int) -> list[StoredSample]:
-        rows = []
-        for sample in group.samples:
-            try:
-                rows.append(_stored(batch.gateway, group, sample, now_us))
-            except PayloadError as exc:
-                self.counters["samples.malformed"] += 1
-                log.warning("sample set aside gateway=%s seq=%d error=%s", batch.gateway, sample.reading.seq, exc)
-                self._store.set_aside(batch.gateway, str(exc), sample.SerializeToString(), now_us)
-                answer.quarantined.append(sample.reading.seq)
-        return rows
+    def _set_aside(self, malformed: _Malformed, now_us: int) -> None:
+        gateway, seq = malformed.gateway, malformed.sample.reading.seq
+        self.counters["samples.malformed"] += 1
+        log.warning("sample set aside gateway=%s seq=%d error=%s", gateway, seq, malformed.reason)
+        self._store.set_aside(gateway, malformed.reason, malformed.sample.SerializeToString(), now_us)
+        malformed.answer.quarantined.append(seq)
 
     def add_labels(self, action: command_pb2.AddLabels) -> str:
         """Store labels; they may come before their samples.
@@ -108,6 +123,7 @@ class Ingest:
         for item in action.labels:
             parse_id(item.device, "labels.device")
             check_epoch(item.epoch)
+            _check_seq(item.seq, "labels.seq")
             labels.append(
                 StoredLabel(item.device, item.epoch, item.seq, item.label, action.source, action.author, now_us)
             )
@@ -121,6 +137,7 @@ def _stored(gateway: str, group: SampleGroup, sample: Sample, now_us: int) -> St
     parse_id(group.model, "groups.model")
     check_epoch(group.epoch)
     check_identity(group.device, group.epoch, sample.reading)
+    _check_seq(sample.reading.seq, "reading.seq")
     if sample.reading.WhichOneof("value") is None:
         raise PayloadError("carries no value", field="reading")
     device = sample.device_answer if sample.HasField("device_answer") else None
@@ -143,6 +160,11 @@ def _stored(gateway: str, group: SampleGroup, sample: Sample, now_us: int) -> St
         gateway_score=served.score if served else None,
         gateway_label=_label(served),
     )
+
+
+def _check_seq(seq: int, field: str) -> None:
+    if seq > MAX_SEQ:
+        raise PayloadError(f"{seq}, expected at most {MAX_SEQ}", field=field)
 
 
 def _label(answer: Answer | None) -> int | None:

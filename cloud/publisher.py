@@ -14,7 +14,7 @@ import datetime as dt
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +24,8 @@ from cloud.blob_ledger import BlobLedger
 from cloud.keys import KeyStore
 from cloud.release_orders import checked_files
 from cloud.release_store import Order, ReleaseStore
-from cloud.repository import Generation, advance, renew
+from cloud.repository import Generation, check_signers, renew, resign
+from cloud.rotation_check import DELEGATORS, checked_change
 from shoal.codec import encode
 from shoal.errors import LinkError, ShoalError
 from shoal.release.chunks import CHUNK_BYTES, digest, manifest_of
@@ -137,11 +138,12 @@ class Publisher:
         """Read what is published.
 
         Raises:
-            ConfigError: the store was never created, or another publisher runs on it.
+            ConfigError: the store was never created, another publisher runs on it, or a key to sign with is missing.
         """
         self._store.load()  # refuses a directory that is no store, before a lock file lies there
         self._lock = self._store.own()
         self._generation = self._store.load()
+        check_signers(self._generation, self._keys)
         self._ledger = BlobLedger(self._store.directory / "blobs.sqlite")
         self._live = live_set(self._generation, self._store)
         self._ledger.add(self._live.blobs)
@@ -179,21 +181,32 @@ class Publisher:
     # -- orders --------------------------------------------------------------------------------------------------
 
     def _take(self, order: Order) -> None:
-        if self._generation.roles.get(order.role) == order.metadata:
+        if order.metadata in (self._generation.roles.get(order.role), self._generation.roots[-1]):
             self._store.finish(order)  # killed after the commit
             return
         now = self._wall_clock()
         try:
-            files = checked_files(order, self._generation, self._store, now)
+            changed, files = self._checked(order, now)
         except ShoalError as exc:
             self.counters["orders_refused"] += 1
             log.error("order refused name=%s reason=%s", order.name, exc)  # noqa: TRY400  the reason says it all
             self._store.refuse(order, str(exc))
             return
-        self._commit(advance(self._generation, order.role, order.metadata, self._keys, now), files)
+        self._commit(resign(changed, self._keys, now), files)
         self._store.finish(order)
         self.counters["orders_taken"] += 1
         log.info("order taken name=%s", order.name)
+
+    def _checked(self, order: Order, now: dt.datetime) -> tuple[Generation, dict[bytes, bytes]]:
+        """What an order makes of the roots and roles, and the files that it brings.
+
+        Raises:
+            ShoalError: it must not be published.
+        """
+        if order.role in DELEGATORS:
+            return checked_change(order, self._generation, self._keys, now), {}
+        files = checked_files(order, self._generation, self._store, now)
+        return replace(self._generation, roles={**self._generation.roles, order.role: order.metadata}), files
 
     def _commit(self, generation: Generation, files: dict[bytes, bytes]) -> None:
         self._store.commit(generation, files)

@@ -10,11 +10,12 @@ import datetime as dt
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from securesystemslib.signer import Signer
 from tuf.api.metadata import TargetFile, Targets
 
-from cloud.keys import KeyStore
-from cloud.release_store import Order, ReleaseStore
-from cloud.repository import ROLLOUT, Generation, parse_role, sign_role, target_file, verify_role
+from cloud.keys import KeyStore, authorised
+from cloud.release_store import Newest, Order, ReleaseStore
+from cloud.repository import ROLLOUT, Generation, delegations_of, parse_role, sign_role, target_file, verify_role
 from shoal.codec import decode, encode
 from shoal.errors import ConfigError, ModelError, TrustError
 from shoal.release.chunks import CHUNK_BYTES, digest, manifest_of
@@ -62,7 +63,7 @@ def submit_release(
         keep = live_releases(newest.roles[ROLLOUT], published, spec.model, newest.file)
         targets = {path: info for path, info in published.targets.items() if _release_number(path) in keep}
         targets |= {path: target_file(path, data) for path, data in added.items()}
-        metadata = sign_role(keys.signers(role), published.version + 1, targets, now)
+        metadata = sign_role(_signers(newest, role, keys), published.version + 1, targets, now)
         store.submit(role, metadata, {digest(data): data for data in added.values()})
     return released
 
@@ -83,7 +84,7 @@ def submit_plan(store: ReleaseStore, plan: RolloutPlan, keys: KeyStore, now: dt.
         published = parse_role(newest.roles[ROLLOUT])
         path, data = plan_path(plan.model), encode(complete)
         targets = {**published.targets, path: target_file(path, data)}
-        metadata = sign_role(keys.signers(ROLLOUT), published.version + 1, targets, now)
+        metadata = sign_role(_signers(newest, ROLLOUT, keys), published.version + 1, targets, now)
         store.submit(ROLLOUT, metadata, {digest(data): data})
     return complete
 
@@ -126,6 +127,11 @@ def live_releases(rollout: bytes, published: Targets, model: str, load: LoadFile
         if plan.model == model and info is not None:
             live |= {plan.release, decode(ReleaseSpec, _load_target(plan.spec_path, info, load)).parent}
     return live
+
+
+def _signers(newest: Newest, role: str, keys: KeyStore) -> list[Signer]:
+    """The keys that the newest metadata names: others may lie there from before a rotation."""
+    return authorised(keys.signers(role), role, delegations_of(parse_role(newest.roles["targets"]))[role])
 
 
 def _release_number(path: str) -> int:

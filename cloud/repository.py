@@ -3,6 +3,7 @@
 Invariants:
 - a `Generation` is complete and consistent: its timestamp names its snapshot, which names its role files, by digest;
 - versions only go up;
+- nothing is signed with fewer of a role's own keys than its threshold;
 - a role delivers only under its own paths, and the top-level targets role delivers nothing itself.
 """
 
@@ -16,6 +17,7 @@ from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import (
     DelegatedRole,
     Delegations,
+    Key,
     Metadata,
     MetaFile,
     Root,
@@ -26,11 +28,14 @@ from tuf.api.metadata import (
 )
 from tuf.api.serialization.json import JSONSerializer
 
-from cloud.keys import KeyStore, public_keys
+from cloud.keys import KeyStore, authorised, public_keys
 from shoal.errors import TrustError
 from shoal.release.trust import SIGNED_AT_FIELD, model_role
 
 ROLLOUT = "rollout"
+TOP_LEVEL = ("root", "targets", "snapshot", "timestamp")
+# The timestamp is what a store commits by, so it says how many roots were committed with it. Nodes do not read this.
+ROOT_VERSION_FIELD = "x-shoal-root-version"
 S = TypeVar("S", Root, Targets, Snapshot, Timestamp)
 
 _SERIALIZER = JSONSerializer(compact=True)
@@ -89,25 +94,86 @@ def timestamp_of(generation: Generation) -> Timestamp:
     return Metadata[Timestamp].from_bytes(generation.timestamp).signed
 
 
-def first_generation(keys: KeyStore, models: Iterable[str], now: dt.datetime, *, root_threshold: int = 1) -> Generation:
-    """Sign version 1 of everything: no releases, no plans."""
-    root = Root(version=1, expires=_expiry("root", now), consistent_snapshot=True)
-    for role in ("root", "targets", "snapshot", "timestamp"):
+def root_of(generation: Generation) -> Root:
+    """The newest root."""
+    return parse_root(generation.roots[-1]).signed
+
+
+def parse_root(data: bytes) -> Metadata[Root]:
+    """Read signed root metadata; signatures are not looked at.
+
+    Raises:
+        TrustError: it is something else.
+    """
+    try:
+        metadata = Metadata[Root].from_bytes(data)
+    except RepositoryError as exc:
+        raise TrustError(f"{len(data)} bytes are no metadata: {exc}") from exc
+    if metadata.signed.type != Root.type:
+        raise TrustError(f"metadata of type {metadata.signed.type}, expected {Root.type}")
+    return metadata
+
+
+def delegations_of(targets: Targets) -> Mapping[str, DelegatedRole]:
+    return (targets.delegations.roles or {}) if targets.delegations is not None else {}
+
+
+def delegated_paths(role: str) -> list[str]:
+    """What a delegated role may deliver."""
+    if role == ROLLOUT:
+        return ["plans/*"]
+    model = role.removeprefix(model_role(""))
+    return [f"releases/{model}/*", f"models/{model}/*"]
+
+
+def first_generation(
+    keys: KeyStore, models: Iterable[str], now: dt.datetime, *, root_threshold: int | None = None
+) -> Generation:
+    """Sign version 1 of everything: no releases, no plans.
+
+    Args:
+        keys: has every role.
+        models: get a role each.
+        now: the time to sign with.
+        root_threshold: signatures that a root needs; by default more than half of its keys, hence 2 of 3.
+
+    Raises:
+        ConfigError: a role has no key, or root fewer than its threshold.
+    """
+    root = Root(version=1, expires=expiry("root", now), consistent_snapshot=True)
+    for role in TOP_LEVEL:
         for key in public_keys(keys, role):
             root.add_key(key, role)
-    root.roles["root"].threshold = root_threshold
+    count = len(root.roles["root"].keyids)
+    root.roles["root"].threshold = majority(count) if root_threshold is None else root_threshold
+    root_signers = authorised(keys.signers("root"), "root", root.roles["root"])
     roles = {
-        "targets": _sign(_delegating_targets(keys, sorted(models), now), keys.signers("targets")),
+        "targets": sign(_delegating_targets(keys, sorted(models), now), keys.signers("targets")),
         ROLLOUT: sign_role(keys.signers(ROLLOUT), 1, {}, now),
         **{model_role(model): sign_role(keys.signers(model_role(model)), 1, {}, now) for model in sorted(models)},
     }
-    empty = Generation((_sign(root, keys.signers("root")),), roles, b"", b"")
+    empty = Generation((sign(root, root_signers),), roles, b"", b"")
     return _resign(empty, keys, now, snapshot_version=1, timestamp_version=1)
+
+
+def majority(count: int) -> int:
+    return count // 2 + 1
+
+
+def check_signers(generation: Generation, keys: KeyStore) -> None:
+    """Make sure that `keys` can go on signing what a publisher signs.
+
+    Raises:
+        ConfigError: it has too few of the keys that the newest root names.
+    """
+    root = root_of(generation)
+    for role in ("snapshot", "timestamp"):
+        authorised(keys.signers(role), role, root.roles[role])
 
 
 def sign_role(signers: list[Signer], version: int, targets: Mapping[str, TargetFile], now: dt.datetime) -> bytes:
     """Sign what a role delivers."""
-    return _sign(Targets(version=version, expires=_expiry("targets", now), targets=dict(targets)), signers)
+    return sign(Targets(version=version, expires=expiry("targets", now), targets=dict(targets)), signers)
 
 
 def target_file(path: str, data: bytes) -> TargetFile:
@@ -122,7 +188,7 @@ def verify_role(generation: Generation, role: str, data: bytes, now: dt.datetime
     """
     delegator = parse_role(generation.roles["targets"])
     signed = _parse_targets(data)
-    delegated = (delegator.delegations.roles or {}).get(role) if delegator.delegations else None
+    delegated = delegations_of(delegator).get(role)
     if delegated is None:
         raise TrustError(f"role {role} is not delegated to")
     try:
@@ -142,9 +208,17 @@ def verify_role(generation: Generation, role: str, data: bytes, now: dt.datetime
 
 def advance(generation: Generation, role: str, data: bytes, keys: KeyStore, now: dt.datetime) -> Generation:
     """Take in a role's verified metadata: a new snapshot and a new timestamp."""
-    changed = replace(generation, roles={**generation.roles, role: data})
+    return resign(replace(generation, roles={**generation.roles, role: data}), keys, now)
+
+
+def resign(generation: Generation, keys: KeyStore, now: dt.datetime) -> Generation:
+    """Sign the next snapshot and timestamp over changed roots or roles.
+
+    Raises:
+        ConfigError: `keys` has too few of the keys that the newest root names.
+    """
     return _resign(
-        changed,
+        generation,
         keys,
         now,
         snapshot_version=snapshot_of(generation).version + 1,
@@ -171,25 +245,35 @@ def _is_due(role: str, expires: dt.datetime, now: dt.datetime) -> bool:
 
 
 def _delegating_targets(keys: KeyStore, models: list[str], now: dt.datetime) -> Targets:
-    paths = {ROLLOUT: ["plans/*"]}
-    paths |= {model_role(model): [f"releases/{model}/*", f"models/{model}/*"] for model in models}
-    targets = Targets(version=1, expires=_expiry("targets", now))
-    targets.delegations = Delegations(
-        keys={},
-        roles={role: DelegatedRole(role, [], 1, terminating=True, paths=patterns) for role, patterns in paths.items()},
-    )
-    for role in paths:
-        for key in public_keys(keys, role):
-            targets.add_key(key, role)
+    targets = Targets(version=1, expires=expiry("targets", now), delegations=Delegations(keys={}, roles={}))
+    for role in (ROLLOUT, *map(model_role, models)):
+        delegate(targets, role, public_keys(keys, role))
     return targets
+
+
+def delegate(targets: Targets, role: str, keys: Iterable[Key]) -> None:
+    """Let `targets` delegate `role`, under its own paths, to exactly `keys`, any one of which may sign."""
+    if targets.delegations is None or targets.delegations.roles is None:
+        raise ValueError("targets that delegate to nobody")
+    known = targets.delegations.roles.get(role)
+    for keyid in list(known.keyids) if known is not None else []:
+        targets.revoke_key(keyid, role)
+    targets.delegations.roles[role] = delegated_role(role)
+    for key in keys:
+        targets.add_key(key, role)
+
+
+def delegated_role(role: str) -> DelegatedRole:
+    """A delegation of ours, before it has keys."""
+    return DelegatedRole(role, [], 1, terminating=True, paths=delegated_paths(role))
 
 
 def _resign(
     generation: Generation, keys: KeyStore, now: dt.datetime, *, snapshot_version: int, timestamp_version: int
 ) -> Generation:
     meta = {f"{role}.json": _meta_file(parse_role(data).version, data) for role, data in generation.roles.items()}
-    snapshot = Snapshot(version=snapshot_version, expires=_expiry("snapshot", now), meta=meta)
-    changed = replace(generation, snapshot=_sign(snapshot, keys.signers("snapshot")))
+    snapshot = Snapshot(version=snapshot_version, expires=expiry("snapshot", now), meta=meta)
+    changed = replace(generation, snapshot=sign(snapshot, _top_signers(generation, keys, "snapshot")))
     return replace(changed, timestamp=_sign_timestamp(changed, snapshot_version, timestamp_version, keys, now))
 
 
@@ -198,22 +282,31 @@ def _sign_timestamp(
 ) -> bytes:
     timestamp = Timestamp(
         version=version,
-        expires=_expiry("timestamp", now),
+        expires=expiry("timestamp", now),
         snapshot_meta=_meta_file(snapshot_version, generation.snapshot),
-        unrecognized_fields={SIGNED_AT_FIELD: int(now.timestamp())},
+        unrecognized_fields={
+            SIGNED_AT_FIELD: int(now.timestamp()),
+            ROOT_VERSION_FIELD: len(generation.roots),
+        },
     )
-    return _sign(timestamp, keys.signers("timestamp"))
+    return sign(timestamp, _top_signers(generation, keys, "timestamp"))
+
+
+def _top_signers(generation: Generation, keys: KeyStore, name: str) -> list[Signer]:
+    return authorised(keys.signers(name), name, root_of(generation).roles[name])
 
 
 def _meta_file(version: int, data: bytes) -> MetaFile:
     return MetaFile.from_data(version, data, ["sha256"])
 
 
-def _expiry(role: str, now: dt.datetime) -> dt.datetime:
+def expiry(role: str, now: dt.datetime) -> dt.datetime:
+    """When metadata of a role that is signed now expires."""
     return (now + LIFETIMES[role]).replace(microsecond=0)
 
 
-def _sign(signed: S, signers: list[Signer]) -> bytes:
+def sign(signed: S, signers: Iterable[Signer]) -> bytes:
+    """Sign with every signer, and serialise."""
     metadata: Metadata[S] = Metadata(signed)
     for signer in signers:
         metadata.sign(signer, append=True)

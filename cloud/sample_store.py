@@ -23,6 +23,8 @@ from shoal.errors import PayloadError
 from shoal.tensors import reading_values
 from shoal.v1.sensor_pb2 import SensorData
 
+# What an integer of SQLite holds; the wire's numbers are unsigned.
+MAX_SEQ = (1 << 63) - 1
 _BUSY_TIMEOUT_S = 30.0
 
 
@@ -219,10 +221,12 @@ class SampleStore:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            # Where the disk is full, SQLite may have rolled back by itself.
+            if self._db.conn.in_transaction:
+                self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
 
 
 def _columns(sample: StoredSample) -> tuple[object, ...]:

@@ -1,16 +1,17 @@
 """The cloud's processes: each has one loop and one link, and shares the cloud's data directory with the others."""
 
 import datetime as dt
+import logging
 import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 from cloud import ingest, trainer
-from cloud.keys import FileKeyStore
+from cloud.keys import ROOT_KEYS, FileKeyStore, Password, key_password
 from cloud.publisher import Publisher
 from cloud.release_store import ReleaseStore
-from cloud.repository import ROLLOUT, first_generation
+from cloud.repository import ROLLOUT, TOP_LEVEL, first_generation
 from cloud.sample_store import SampleStore
 from cloud.settings import CloudSettings
 from shoal.config import link_config
@@ -21,22 +22,32 @@ from shoal.release.durable import write_atomic
 from shoal.release.trust import model_role
 from shoal.state import Report, StateReporter
 
+log = logging.getLogger(__name__)
+
 _FAST_S = 0.2
 _SLOW_S = 0.5
-_ROLES = ("root", "targets", "snapshot", "timestamp", ROLLOUT)
 
 
-def init(settings: CloudSettings) -> Path:
+def init(settings: CloudSettings, password: Password | None = None) -> Path:
     """Make keys, an empty repository and stores; return the root metadata that nodes are provisioned with.
+
+    Three keys for root, of which two must sign; one for each other role.
+
+    Args:
+        settings: the cloud's.
+        password: what the key files are encrypted with; without one they are not, as the log then says.
 
     Raises:
         ConfigError: it was done before.
     """
     settings.directory.mkdir(parents=True, exist_ok=True)
-    keys = FileKeyStore(settings.keys_dir)
+    keys = FileKeyStore(settings.keys_dir, password)
     models = [model.name for model in settings.models]
-    for role in (*_ROLES, *map(model_role, models)):
+    keys.create("root", ROOT_KEYS)
+    for role in (*TOP_LEVEL[1:], ROLLOUT, *map(model_role, models)):
         keys.create(role)
+    if password is None:
+        log.warning("key files are NOT encrypted directory=%s: `shoal keys init` encrypts", settings.keys_dir)
     releases = ReleaseStore(settings.releases_dir)
     releases.create(first_generation(keys, models, dt.datetime.now(dt.UTC)))
     SampleStore(settings.samples_path).close()
@@ -73,7 +84,8 @@ def run_publisher(settings: CloudSettings) -> None:
     """Serve until SIGINT or SIGTERM."""
     loop, link = _open(settings, "publisher")
     counters: Counter[str] = Counter()
-    service = Publisher(link, ReleaseStore(settings.releases_dir), FileKeyStore(settings.keys_dir), counters=counters)
+    keys = FileKeyStore(settings.keys_dir, key_password)
+    service = Publisher(link, ReleaseStore(settings.releases_dir), keys, counters=counters)
     service.start()
     link.on_connect(service.on_connect)
     loop.call_every(_FAST_S, service.tick)

@@ -17,7 +17,7 @@ class ChangeDetector:
     """
 
     def __init__(self, threshold: float, adapt: float = 0.0) -> None:
-        if threshold < 0 or not 0 <= adapt <= 1:
+        if not threshold >= 0 or not 0 <= adapt <= 1:
             raise ValueError(f"threshold {threshold} must not be negative, adapt {adapt} must lie in 0..1")
         self._threshold = threshold
         self._adapt = adapt
@@ -27,7 +27,7 @@ class ChangeDetector:
         """Take a reading; return whether it differs from the baseline. A new shape always does."""
         baseline = self._baseline
         if baseline is None or baseline.shape != values.shape or not self._is_near(values, baseline):
-            self._baseline = values
+            self._baseline = values.copy()  # the source may use its buffer again
             return True
         if self._adapt:
             self._baseline = baseline + np.float32(self._adapt) * (values - baseline)
@@ -35,4 +35,5 @@ class ChangeDetector:
 
     def _is_near(self, values: NDArray[np.float32], baseline: NDArray[np.float32]) -> bool:
         # `<=` is false for NaN, so a broken sensor always counts as changed.
-        return bool((np.abs(values - baseline) <= self._threshold).all())
+        with np.errstate(invalid="ignore", over="ignore"):
+            return bool((np.abs(values - baseline) <= self._threshold).all())

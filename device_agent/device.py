@@ -1,7 +1,7 @@
 """One device: readings in, the easy ones answered here, the hard ones asked, none lost on the way.
 
 Invariants:
-- every reading ends in exactly one of the counters kept.*, accepted or dropped.full, in the outbox's own transactions;
+- produced = kept + accepted and accepted = answered + dropped + quarantined + in flight, at each commit of the outbox;
 - a question leaves the outbox only when the gateway's reply settles it, or a refusal that would be repeated does;
 - the application hears the device's own answer at once and the gateway's when it comes.
 """
@@ -9,7 +9,7 @@ Invariants:
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from device_agent.change import ChangeDetector
 from device_agent.policy import Choice, PolicyConfig, UploadPolicy
 from device_agent.readings import AnsweredBy, Outcome, Reading
 from device_agent.runtime import load
-from shoal.codec import EPOCH_BYTES
+from shoal.codec import EPOCH_BYTES, MAX_PAYLOAD_BYTES
 from shoal.commands import CommandDesk
 from shoal.delivery.outbox import Item, Key, Outbox, group_by_model
 from shoal.errors import LinkError, ModelError
@@ -38,6 +38,10 @@ from shoal.v1.sensor_pb2 import Scalars, SensorData, TimeQuality
 log = logging.getLogger(__name__)
 
 _SEQ_BLOCK = 256
+# What a message holds besides its rows (names, epoch), and each row besides its own bytes.
+_HEAD_BYTES = 1024
+_ROW_HEAD_BYTES = 8
+_MAX_ROWS_BYTES = MAX_PAYLOAD_BYTES - _HEAD_BYTES
 _REASONS = {
     Choice.ASK_SCORE: pb.ASK_REASON_SCORE,
     Choice.ASK_NO_MODEL: pb.ASK_REASON_NO_MODEL,
@@ -132,6 +136,7 @@ class Device:
         if artefact is None:
             raise ModelError(f"release {spec.release} of {model} has nothing for devices")
         self._active = _ActiveModel(spec, artefact, load(path))
+        self._policy.forget_scores()
         self._reporter.soon()
 
     @property
@@ -163,8 +168,11 @@ class Device:
             return None
         spec = self._active.spec
         try:
-            scaled = scale(values.reshape((1, *spec.input.shape)), spec.input)
-            scores = score_rows(spec.score, scaled, self._active.runtime.run(scaled))
+            with np.errstate(over="ignore"):  # infinite is refused here, and as a score means "ask"
+                scaled = scale(values.reshape((1, *spec.input.shape)), spec.input)
+                if not np.isfinite(scaled).all():
+                    raise ModelError("a value is not finite")  # noqa: TRY301  an int8 model would answer it all the same
+                scores = score_rows(spec.score, scaled, self._active.runtime.run(scaled))
         except (ModelError, ValueError) as exc:
             # A reading that the model cannot take is the gateway's to judge; it answers with the field at fault.
             self._count("model_errors")
@@ -185,11 +193,15 @@ class Device:
         )
         row = pb.InferenceRow(reading=data, reason=_REASONS[choice], device_answer=answer)
         key = Key(self.config.node, self._epoch, seq)
-        if self._outbox.put(Item(key, self.config.model, row.SerializeToString())):
+        item = Item(key, self.config.model, row.SerializeToString())
+        if _size(item) > _MAX_ROWS_BYTES:
+            log.error("reading too large to ask node=%s seq=%d bytes=%d", self.config.node, seq, len(item.payload))
+            self._turn_away("quarantined")
+        elif self._outbox.put(item):
             self._count(choice.value)
             self._asked_at[seq] = now
         else:
-            self._count("dropped.full")
+            self._turn_away("dropped.full")
         if self._send_at is None:
             self._send_at = now + self.config.linger_s
 
@@ -203,12 +215,19 @@ class Device:
         self._send_at = None
         while self.link.room() > 0:
             taken = self._outbox.take(now, self.config.max_rows, self.config.retry_after_s, self._lane)
-            for (_, _, model, replay), items in group_by_model(taken).items():
-                self._send(model, items, replay=replay, now=now)
-            if len(taken) < self.config.max_rows:
+            if not self._send_all(taken, now) or len(taken) < self.config.max_rows:
                 return
 
-    def _send(self, model: str, items: list[Item], *, replay: bool, now: float) -> None:
+    def _send_all(self, taken: Sequence[tuple[Item, int]], now: float) -> bool:
+        """Send in as few messages as may be. False when the link did not take them all; the others are due again."""
+        sent = [
+            self._send(model, items, replay=replay, now=now)
+            for (_, _, model, replay), group in group_by_model(taken).items()
+            for items in _split(group)
+        ]
+        return all(sent)
+
+    def _send(self, model: str, items: list[Item], *, replay: bool, now: float) -> bool:
         keys = [item.key for item in items]
         request = pb.InferenceRequest(
             device=self.config.node,
@@ -241,6 +260,7 @@ class Device:
         )
         if not sent:
             self._outbox.make_due(keys, now)
+        return sent
 
     def _on_reply(self, delivery: Delivery) -> None:
         reply = delivery.message
@@ -253,7 +273,7 @@ class Device:
                     self._hear(row)
             else:
                 # Not now: the retry that is planned already brings it back.
-                self._count(f"replies.{pb.Status.Name(row.status).removeprefix('STATUS_').lower()}")
+                self._count(f"replies.{_status_name(row.status)}")
 
     def _hear(self, row: pb.RowReply) -> None:
         asked_at = self._asked_at.pop(row.seq, None)
@@ -313,6 +333,11 @@ class Device:
         self._on_outcome(outcome)
         return outcome
 
+    def _turn_away(self, outcome: str) -> None:
+        """Account for a question that never was in the outbox, which counts `accepted` for those that are."""
+        self._count("accepted")
+        self._count(outcome)
+
     def _count(self, name: str) -> None:
         self._outbox.count(self.config.node, name)
 
@@ -327,3 +352,26 @@ class Device:
 
     def _on_connect(self) -> None:
         self._send_at = 0.0
+
+
+def _status_name(status: int) -> str:
+    # A newer gateway may know more of them; the schema's enums are open.
+    known = pb.Status.DESCRIPTOR.values_by_number.get(status)
+    return "unknown" if known is None else known.name.removeprefix("STATUS_").lower()
+
+
+def _size(item: Item) -> int:
+    return len(item.payload) + _ROW_HEAD_BYTES
+
+
+def _split(items: Sequence[Item]) -> Iterator[list[Item]]:
+    """Split what is too large for one message; each item fits alone."""
+    part: list[Item] = []
+    room = _MAX_ROWS_BYTES
+    for item in items:
+        if part and _size(item) > room:
+            yield part
+            part, room = [], _MAX_ROWS_BYTES
+        part.append(item)
+        room -= _size(item)
+    yield part

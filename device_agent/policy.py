@@ -1,11 +1,14 @@
 """Differential upload, the second half: which readings are worth a question to the gateway."""
 
+import math
 from dataclasses import dataclass
 from enum import Enum, unique
 
 # How fast the share-keeping threshold moves, in running mean scores per reading: a few hundred readings to settle.
 _STEP = 0.02
 _MEAN_DECAY = 0.01
+# In mean scores: one absurd reading at most doubles the mean, and so does not blind the device to what follows.
+_LARGEST_WEIGHT = 1.0 / _MEAN_DECAY
 _MINUTE_S = 60.0
 
 
@@ -75,10 +78,15 @@ class UploadPolicy:
         """The threshold in force: the release's, or higher where more than `max_share` would exceed it."""
         return max(released, self._quantile)
 
+    def forget_scores(self) -> None:
+        """Start again with the released threshold: another model's scores say nothing about this one's."""
+        self._quantile = 0.0
+        self._mean_score = 0.0
+
     def _wish(self, score: float | None, threshold: float, *, audit: bool) -> Choice:
         if score is None:
             return Choice.ASK_NO_MODEL
-        exceeds = score > self.threshold(threshold)
+        exceeds = math.isnan(score) or score > self.threshold(threshold)
         self._follow(score)
         if audit:
             return Choice.ASK_AUDIT
@@ -86,9 +94,14 @@ class UploadPolicy:
 
     def _follow(self, score: float) -> None:
         """Track the (1 - max_share) quantile of the scores by stochastic approximation (Robbins and Monro, 1951)."""
-        self._mean_score += _MEAN_DECAY * (abs(score) - self._mean_score)
+        if not math.isfinite(score):
+            return
+        size = min(abs(score), _LARGEST_WEIGHT * self._mean_score) if self._mean_score else abs(score)
+        self._mean_score += _MEAN_DECAY * (size - self._mean_score)
         error = (score > self._quantile) - self._config.max_share
-        self._quantile = max(0.0, self._quantile + _STEP * self._mean_score * error)
+        # Where scores have fallen, steps of the new mean would take for ever to come down.
+        step = _STEP * max(self._mean_score, self._quantile)
+        self._quantile = max(0.0, self._quantile + step * error)
 
     def _spend(self, now: float) -> bool:
         rate = self._config.max_per_minute / _MINUTE_S

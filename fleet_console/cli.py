@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from fleet_console.broker import BrokerKind, choose_kind, run_foreground
+from fleet_console.keys_cli import keys_app
 from shoal.errors import ShoalError
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+app.add_typer(keys_app, name="keys")
 _INTERRUPTED = 130
 
 

@@ -1,22 +1,25 @@
 """Who may do what on the broker: the contract's role table as data, and as Mosquitto's dynamic security plugin has it.
 
 One literal role for each node, because the plugin of Mosquitto 2.0 expands no user names in patterns. Whatever is not
-granted is denied: publishing, receiving and subscribing are three separate rights.
+granted is denied: publishing, receiving and subscribing are three separate rights. Everybody has a presence,
+which every link publishes and leaves as its will.
 """
 
 import base64
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, unique
 from types import MappingProxyType
 from typing import Any
 
 from shoal.routes import CLOUD_SITE, Route, topic, topic_filter
 
+# The plugin's own number. Stretching protects short passwords and costs the broker's one thread at every connect: let
+# passwords be generated, and long.
 _ITERATIONS = 101
-_SALT_BYTES = 12
+_SALT_BYTES = 12  # the plugin skips clients with any other length
 
 
 @unique
@@ -26,61 +29,87 @@ class Kind(Enum):
     INGEST = "ingest"
     PUBLISHER = "publisher"
     TRAINER = "trainer"
+    CONTROLLER = "controller"
     LABELLER = "labeller"
     OPERATOR = "operator"
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """Who asks for rights; `group` is the shared subscription of a gateway or of ingest."""
+    """Who asks for rights.
+
+    Attributes:
+        group: the shared subscription of ingest, or of a gateway that serves its whole site.
+        devices: a gateway that serves these alone has no group and subscribes to each.
+    """
 
     kind: Kind
     name: str
     site: str = CLOUD_SITE
     group: str = ""
+    devices: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Rights:
-    """Topics and filters, literally. To receive is a right of its own: it also guards wills and retained messages."""
+    """Topics and filters, literally.
+
+    Attributes:
+        subscribe: exactly these filters, no narrower and no wider one.
+        subscribe_within: these filters and whatever they cover.
+    """
 
     send: Sequence[str] = ()
     receive: Sequence[str] = ()
-    subscribe: Sequence[str] = field(default=())
+    subscribe: Sequence[str] = ()
+    subscribe_within: Sequence[str] = ()
 
 
 def _own(route: Route, node: Node) -> str:
     return topic(route, site=node.site, node=node.name)
 
 
-# Models and trust: every node may read all of it, and must name each blob exactly (a wildcard loses messages).
-_MODELS = (topic_filter(Route.TRUST_BUNDLE), topic_filter(Route.TRUST_TIMESTAMP), topic_filter(Route.BLOB))
+_TRUST = (topic(Route.TRUST_BUNDLE), topic(Route.TRUST_TIMESTAMP))
+_BLOBS = (topic_filter(Route.BLOB),)
 
 
 def _device(node: Node) -> Rights:
-    down = [_own(Route.REPLY, node), _own(Route.COMMAND, node), *_MODELS]
+    down = [_own(Route.REPLY, node), _own(Route.COMMAND, node), *_TRUST]
     return Rights(
         send=[_own(route, node) for route in (Route.PRESENCE, Route.STATE, Route.INFER, Route.RESULT)],
-        receive=down,
+        receive=[*down, *_BLOBS],
         subscribe=down,
+        subscribe_within=_BLOBS,
     )
 
 
 def _gateway(node: Node) -> Rights:
-    down = [_own(Route.ACK, node), _own(Route.COMMAND, node), *_MODELS]
-    questions = topic_filter(Route.INFER, site=node.site)
+    down = [_own(Route.ACK, node), _own(Route.COMMAND, node), *_TRUST]
+    if node.devices:
+        questions = asked = [topic(Route.INFER, site=node.site, node=device) for device in node.devices]
+        replies = [topic(Route.REPLY, site=node.site, node=device) for device in node.devices]
+    else:
+        questions = [topic_filter(Route.INFER, site=node.site)]
+        asked = [topic_filter(Route.INFER, site=node.site, group=node.group)]
+        replies = [topic_filter(Route.REPLY, site=node.site)]
     return Rights(
         send=[
             *(_own(route, node) for route in (Route.PRESENCE, Route.STATE, Route.SAMPLE, Route.RESULT)),
-            topic_filter(Route.REPLY, site=node.site),
+            *replies,
         ],
-        receive=[*down, questions],
-        subscribe=[*down, topic_filter(Route.INFER, site=node.site, group=node.group)],
+        receive=[*down, *_BLOBS, *questions],
+        subscribe=[*down, *asked],
+        subscribe_within=_BLOBS,
     )
 
 
 def _service(
-    node: Node, *, send: Sequence[str] = (), receive: Sequence[str] = (), subscribe: Sequence[str] = ()
+    node: Node,
+    *,
+    send: Sequence[str] = (),
+    receive: Sequence[str] = (),
+    subscribe: Sequence[str] = (),
+    subscribe_within: Sequence[str] = (),
 ) -> Rights:
     """What every cloud service has: its presence and state, and commands as a node of the site `cloud`."""
     command = topic(Route.COMMAND, site=CLOUD_SITE, node=node.name)
@@ -93,6 +122,7 @@ def _service(
         ],
         receive=[command, *receive],
         subscribe=[command, *subscribe],
+        subscribe_within=subscribe_within,
     )
 
 
@@ -107,7 +137,14 @@ def _ingest(node: Node) -> Rights:
 
 
 def _publisher(node: Node) -> Rights:
-    return _service(node, send=list(_MODELS))
+    return _service(node, send=[*_TRUST, *_BLOBS])
+
+
+def _controller(node: Node) -> Rights:
+    """Watches how nodes fare with a release, and commands them."""
+    routes = (Route.PRESENCE, Route.STATE, Route.RESULT, Route.CLOUD_PRESENCE, Route.CLOUD_STATE)
+    seen = [topic_filter(route) for route in routes]
+    return _service(node, send=[topic_filter(Route.COMMAND)], receive=seen, subscribe=seen)
 
 
 def _labeller(node: Node) -> Rights:
@@ -119,7 +156,7 @@ def _labeller(node: Node) -> Rights:
 def _operator(node: Node) -> Rights:
     """Sees everything, commands everybody, writes nothing else."""
     everything = [topic_filter(route) for route in Route]
-    return _service(node, send=[topic_filter(Route.COMMAND)], receive=everything, subscribe=everything)
+    return _service(node, send=[topic_filter(Route.COMMAND)], receive=everything, subscribe_within=everything)
 
 
 ROLES: Mapping[Kind, Callable[[Node], Rights]] = MappingProxyType(
@@ -129,6 +166,7 @@ ROLES: Mapping[Kind, Callable[[Node], Rights]] = MappingProxyType(
         Kind.INGEST: _ingest,
         Kind.PUBLISHER: _publisher,
         Kind.TRAINER: _service,
+        Kind.CONTROLLER: _controller,
         Kind.LABELLER: _labeller,
         Kind.OPERATOR: _operator,
     }
@@ -145,9 +183,8 @@ def security_role(node: Node) -> dict[str, Any]:
     granted = (
         *(("publishClientSend", text) for text in rights.send),
         *(("publishClientReceive", text) for text in rights.receive),
-        # Literal even where the filter has wildcards: exactly this filter, no narrower and no wider one. Only blobs are
-        # subscribed by exact topic, under a pattern.
-        *((_subscription(text), text) for text in rights.subscribe),
+        *(("subscribeLiteral", text) for text in rights.subscribe),
+        *(("subscribePattern", text) for text in rights.subscribe_within),
     )
     acls = [{"acltype": kind, "topic": text, "priority": 0, "allow": True} for kind, text in granted]
     return {"rolename": node.name, "acls": acls}
@@ -158,7 +195,7 @@ def security_config(nodes: Iterable[Node], passwords: Mapping[str, str], salt: C
 
     Args:
         nodes: each gets a client and a role of its name.
-        passwords: by node name; certificates replace them where the listener takes identities from those.
+        passwords: by node name; who has none comes in only where the listener takes identities from certificates.
         salt: returns that many random bytes.
     """
     listed = list(nodes)
@@ -169,24 +206,21 @@ def security_config(nodes: Iterable[Node], passwords: Mapping[str, str], salt: C
             "subscribe": False,
             "unsubscribe": True,
         },
-        "clients": [_client(node, passwords[node.name], salt(_SALT_BYTES)) for node in listed],
+        "clients": [_client(node, passwords.get(node.name), salt(_SALT_BYTES)) for node in listed],
         "groups": [],
         "roles": [security_role(node) for node in listed],
     }
     return json.dumps(document, indent=2)
 
 
-def _subscription(text: str) -> str:
-    return "subscribePattern" if text == topic_filter(Route.BLOB) else "subscribeLiteral"
-
-
-def _client(node: Node, password: str, salt: bytes) -> dict[str, Any]:
-    hashed = hashlib.pbkdf2_hmac("sha512", password.encode(), salt, _ITERATIONS)
-    return {
-        "username": node.name,
-        "clientid": node.name,
-        "roles": [{"rolename": node.name}],
-        "password": base64.b64encode(hashed).decode(),
-        "salt": base64.b64encode(salt).decode(),
-        "iterations": _ITERATIONS,
-    }
+def _client(node: Node, password: str | None, salt: bytes) -> dict[str, Any]:
+    client: dict[str, Any] = {"username": node.name, "roles": [{"rolename": node.name}]}
+    if node.kind is not Kind.OPERATOR:
+        # Nobody takes another's session. Operators have several at a time.
+        client["clientid"] = node.name
+    if password is not None:
+        hashed = hashlib.pbkdf2_hmac("sha512", password.encode(), salt, _ITERATIONS)
+        client["password"] = base64.b64encode(hashed).decode()
+        client["salt"] = base64.b64encode(salt).decode()
+        client["iterations"] = _ITERATIONS
+    return client

@@ -306,6 +306,7 @@ class Link:
 
     def _received(self, _client: Client, _userdata: object, packet: MQTTMessage) -> None:
         self.counters["messages_received"] += 1
+        self.counters["bytes_received"] += len(packet.payload)
         ack = self._acks.expect(packet.mid) if packet.qos else _no_ack
         properties = packet.properties
         self._inbox.receive(

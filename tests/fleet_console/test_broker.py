@@ -2,11 +2,18 @@
 
 import os
 import socket
+import time
 
 import pytest
+from paho.mqtt.client import Client, MQTTv5
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 
 from fleet_console.broker import BrokerKind, find_mosquitto, free_port, start_broker
 from shoal.errors import ConfigError
+from shoal.link_config import parse_broker_url
+from shoal.routes import Route, topic
 
 
 @pytest.fixture(params=BrokerKind, ids=lambda kind: kind.value)
@@ -26,6 +33,29 @@ def test_broker_listens_while_the_block_runs_and_not_after(tmp_path, kind):
         pid = broker.process.pid
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_broker_at_its_url_speaks_mqtt_5(tmp_path, kind):
+    """A retained message comes back with its properties, which MQTT 3.1.1 has not."""
+    name = topic(Route.STATE, site="lab", node="cam-1")
+    sent = Properties(PacketTypes.PUBLISH)
+    sent.CorrelationData = b"which"
+    received = []
+    with start_broker(tmp_path, kind) as broker:
+        address = parse_broker_url(broker.url)
+        client = Client(CallbackAPIVersion.VERSION2, protocol=MQTTv5)
+        client.on_connect = lambda *_: client.publish(name, b"hello", qos=1, retain=True, properties=sent)
+        client.on_publish = lambda *_: client.subscribe(name, qos=1)
+        client.on_message = lambda _client, _userdata, message: received.append(message)
+        client.connect(address.host, address.port)
+        deadline = time.monotonic() + 10.0
+        while not received and time.monotonic() < deadline:
+            client.loop(0.05)
+        client.disconnect()
+        client.reinitialise()  # closes what paho otherwise leaves to the garbage collector
+    (message,) = received
+    assert (message.topic, message.payload, message.retain) == (name, b"hello", True)
+    assert message.properties.CorrelationData == b"which"
 
 
 def test_taken_port_is_said(tmp_path, kind):

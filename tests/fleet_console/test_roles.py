@@ -247,11 +247,12 @@ def test_device_cannot_join_a_shared_subscription(join):
 
 
 def test_gateway_has_its_own_group_alone(join):
-    """Neither another group nor the plain filter, its own site's or all sites'; a listed device needs no group."""
+    """Neither another group nor other filters in it, nor the plain one; with listed devices there is no group."""
     gateway = join("gw-1")
     assert gateway.subscribe(topic_filter(Route.INFER, group=_GROUP, site=_SITE))
     assert not gateway.subscribe(topic_filter(Route.INFER, group="gw-ffffffffffff", site=_SITE))
     assert not gateway.subscribe(topic_filter(Route.INFER, group=_GROUP))
+    assert not gateway.subscribe(topic_filter(Route.INFER, group=_GROUP, site=_SITE, node="cam-1"))
     assert not gateway.subscribe(topic_filter(Route.INFER, site=_SITE))
     assert not join("gw-2").subscribe(topic_filter(Route.INFER, group=_GROUP, site=_SITE))
 

@@ -315,7 +315,7 @@ class Installer:
         self._store.put(goal.spec_data)
         spare = self._slots.spare
         if spare.phase is not Phase.WRITTEN or spare.content != goal.content:
-            self._save(self._slots.write(goal.content))
+            self._slots = self._slots.write(goal.content)  # saved together with the attempt that follows
         if self._slots.spare.tries_left == 0:
             self._refuse_written("it did not survive its self-tests")
         else:

@@ -32,6 +32,16 @@ def test_any_order_with_duplicates_and_rubbish_makes_the_file(file, rng):
     assert not assembler.missing()
 
 
+def test_swapped_and_tampered_chunks_of_the_right_length_belong_nowhere():
+    """Content decides where a chunk goes, never the order in which it came or its length."""
+    data = bytes(range(96))
+    assembler = Assembler(manifest_of(data, 32))
+    assert assembler.accept(data[32:64]) == [32]
+    assert assembler.accept(bytes(32)) == []
+    assert assembler.bad_chunks == 1
+    assert len(assembler.missing()) == 2
+
+
 @given(FILES, st.integers(0, 300), st.integers(0, 299))
 def test_restore_believes_only_whole_chunks(file, cut, flip):
     """Whatever is left of a staging file, exactly its good chunks count."""

@@ -227,6 +227,16 @@ def test_mix_and_match_is_refused(trust, world):
     assert "digits" in view.refused
 
 
+def test_twin_under_the_same_version_is_refused(trust, world):
+    """A role's owner signs two documents with one version: only the one that the snapshot vouches for counts."""
+    role = model_role("digits")
+    version = parse_role(world.generation.roles[role]).version
+    twin = sign_role(world.keys.signers(role), version, {"releases/digits/1.spec": target_file("x", b"other")}, NOW)
+    view = refresh(trust, swap(world.serve(), f"{version}.{role}.json", twin))
+    assert not view.plans
+    assert "digits" in view.refused
+
+
 def test_wrong_key_is_refused(trust, world):
     """The trainer's key signs a plan: the delegation does not know it for that role."""
     world.update(ROLLOUT, {"plans/digits.plan": encode(PLAN)}, signer=model_role("digits"))

@@ -1,0 +1,370 @@
+"""Ingest between a real broker and a real store."""
+
+import logging
+import time
+import uuid
+from contextlib import closing
+
+import pytest
+
+from cloud.ingest import Ingest
+from cloud.sample_store import MAX_SEQ, SampleStore
+from shoal.link import Link
+from shoal.link_config import node_identity, parse_broker_url, service_identity
+from shoal.loop import Loop
+from shoal.routes import CLOUD_SITE, Route
+from shoal.v1 import command_pb2 as pb
+from shoal.v1.inference_pb2 import ASK_REASON_SCORE, Answer
+from shoal.v1.sample_pb2 import Sample, SampleAck, SampleBatch, SampleGroup
+from shoal.v1.sensor_pb2 import Scalars, SensorData
+
+PATIENCE_S = 20.0
+NOW = 1_800_000_000.0
+NOW_US = 1_800_000_000_000_000
+EPOCH = bytes(range(16))
+GATEWAY = "gw-01"
+
+
+class WatchedStore(SampleStore):
+    """Says when something is committed, and breaks when it is told to."""
+
+    def __init__(self, path, events):
+        super().__init__(path)
+        self.events = events
+        self.is_broken = False
+
+    def add(self, samples):
+        if self.is_broken:
+            self.events.append("broken")
+            raise RuntimeError("the disk is gone")
+        fates = super().add(samples)
+        self.events.append("commit")
+        return fates
+
+
+class WatchedLink(Link):
+    """Says when an ack and when a PUBACK leaves; loses its PUBACKs when it is told to."""
+
+    events: list
+    loses_pubacks = False
+
+    def publish(self, route, message, **arguments):
+        if route is Route.ACK:
+            self.events.append("ack")
+        return super().publish(route, message, **arguments)
+
+    def _send_ack(self, client, packet_id):
+        self.events.append("puback")
+        if not self.loses_pubacks:
+            super()._send_ack(client, packet_id)
+
+    def kill(self):
+        """End as a killed process does: the socket closes, and nobody says goodbye."""
+        self._client.on_disconnect = None
+        self._client._sock_close()
+
+
+class Rig:
+    """An ingest and a gateway on one loop; the loop ends when a condition holds."""
+
+    def __init__(self, url, path):
+        self.url = url
+        self.site = f"site-{uuid.uuid4().hex[:12]}"
+        self.events = []
+        self.store = WatchedStore(path, self.events)
+        self.loop = Loop()
+        self.loop.on_idle(lambda _: self.ingest.flush())
+        self.acks = []
+        self.results = []
+        self.gateway = Link(parse_broker_url(url, session_expiry_s=0), node_identity(self.site, GATEWAY, "gateway"))
+        self.gateway.subscribe(Route.ACK, lambda d: self.acks.append(d.message), site=self.site, node=GATEWAY)
+        self.gateway.subscribe(Route.RESULT, self.results.append, site=CLOUD_SITE, node="ingest")
+        self.gateway.attach(self.loop)
+        self.link = None
+        self.start_ingest()
+
+    def start_ingest(self, session_expiry_s=0):
+        if self.link is not None:
+            self.link.close()
+        self.link = WatchedLink(
+            parse_broker_url(self.url, session_expiry_s=session_expiry_s), service_identity("ingest")
+        )
+        self.link.events = self.events
+        self.ingest = Ingest(self.link, self.store, wall_clock=lambda: NOW)
+        self.link.attach(self.loop)
+        # Idle: the broker has taken the subscriptions too, for PUBACKs come in order behind SUBACKs.
+        self.until(lambda: self.link.connected and self.gateway.connected)
+        self.settle()
+
+    def until(self, is_so):
+        deadline = time.monotonic() + PATIENCE_S
+        late = self.loop.call_at(deadline, lambda _: None)
+        self.loop.run(until=lambda: is_so() or time.monotonic() >= deadline)
+        late.cancel()
+        assert is_so(), self.events
+
+    def settle(self):
+        """Wait until the broker has served everything that both links sent so far."""
+        done = []
+        for link in (self.link, self.gateway):
+            service = link.identity.client_id
+            state = Route.CLOUD_STATE if link is self.link else Route.STATE
+            segments = {"service": service} if link is self.link else {"site": self.site, "node": service}
+            assert link.publish(state, b"", on_done=done.append, **segments)
+        self.until(lambda: len(done) == 2)
+
+    def send(self, *groups, gateway=GATEWAY, node=GATEWAY):
+        message = SampleBatch(gateway=gateway, groups=groups)
+        assert self.gateway.publish(Route.SAMPLE, message, site=self.site, node=node)
+
+    def command(self, action, expires_at_us=NOW_US + 1):
+        command = pb.Command(id=uuid.uuid4().bytes, expires_at_us=expires_at_us, add_labels=action)
+        count = len(self.results)
+        assert self.gateway.publish(
+            Route.COMMAND, command, expiry_s=10, correlation=b"c", site=CLOUD_SITE, node="ingest"
+        )
+        self.until(lambda: len(self.results) > count)
+        delivery = self.results[-1]
+        assert (delivery.message.id, delivery.correlation) == (command.id, b"c")
+        return delivery.message.status, delivery.message.message
+
+    def close(self):
+        self.link.close()
+        self.gateway.close()
+        self.loop.close()
+        self.store.close()
+
+
+@pytest.fixture
+def rig(mosquitto, tmp_path):
+    with closing(Rig(mosquitto.url, tmp_path / "samples.sqlite")) as rig:
+        yield rig
+
+
+def sample(seq, value=1.0, **fields):
+    reading = SensorData(seq=seq, captured_at_us=5, scalars=Scalars(values=[value]), reference=f"row/{seq}")
+    return Sample(reading=reading, reason=ASK_REASON_SCORE, **fields)
+
+
+def group(*samples, **fields):
+    return SampleGroup(**{"device": "cam-00", "epoch": EPOCH, "model": "digits", "samples": samples} | fields)
+
+
+def table(store, name="samples"):
+    store._db.conn.row_factory = None
+    cursor = store._db.conn.execute(f"SELECT * FROM {name}")
+    columns = [column[0] for column in cursor.description]
+    return [dict(zip(columns, row, strict=True)) for row in cursor]
+
+
+# -- samples -----------------------------------------------------------------------------------------------------------
+
+
+def test_samples_are_stored_with_what_both_models_said_and_acknowledged(rig):
+    """The row holds everything of the message, absent answers as NULL; the ack names each number by its group."""
+    answered = sample(1, device_answer=Answer(release=2, score=0.75, label=0), gateway_answer=Answer(release=3))
+    rig.send(group(answered, sample(2)), group(sample(1), device="cam-01"))
+    rig.until(lambda: rig.acks)
+    (ack,) = rig.acks
+    assert [(item.device, item.epoch, list(item.stored), list(item.quarantined)) for item in ack.groups] == [
+        ("cam-00", EPOCH, [1, 2], []),
+        ("cam-01", EPOCH, [1], []),
+    ]
+    first, second, _ = table(rig.store)
+    answers = ("device_release", "device_score", "device_label", "gateway_release", "gateway_score", "gateway_label")
+    assert [first[name] for name in answers] == [2, 0.75, 0, 3, 0.0, None]
+    assert [second[name] for name in answers] == [None] * 6
+    names = ("gateway", "model", "reason", "reference", "captured_at_us", "received_at_us")
+    assert [first[name] for name in names] == [GATEWAY, "digits", ASK_REASON_SCORE, "row/1", 5, NOW_US]
+    assert SensorData.FromString(first["reading"]) == answered.reading
+    assert rig.ingest.counters["samples.stored"] == 3
+
+
+def test_ack_follows_the_commit_and_puback_the_ack(rig):
+    """Whatever kills ingest in between, nobody was promised what is not on disk."""
+    rig.send(group(sample(1)))
+    rig.until(lambda: rig.acks)
+    assert rig.events == ["commit", "ack", "puback"]
+
+
+def test_store_that_breaks_promises_nothing_and_the_sample_comes_again(rig):
+    """No ack and no PUBACK: the broker still has the message and gives it to the next process."""
+    rig.start_ingest(session_expiry_s=60)
+    rig.store.is_broken = True
+    rig.send(group(sample(1), sample(2, device_answer=Answer(release=1))), group(sample(3), device="NO ID"))
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        rig.until(lambda: rig.events)
+    assert rig.events == ["broken"]
+    assert (rig.store.count(), rig.store.count_quarantined()) == (0, 0)
+    rig.link.kill()
+    rig.store.is_broken = False
+    rig.start_ingest(session_expiry_s=60)
+    rig.until(lambda: rig.acks)
+    assert [(list(item.stored), list(item.quarantined)) for item in rig.acks[0].groups] == [([1, 2], []), ([], [3])]
+    assert rig.events == ["broken", "commit", "ack", "puback"]
+    assert (rig.store.count(), rig.store.count_quarantined()) == (2, 1)
+
+
+def test_kill_between_commit_and_puback_changes_nothing(rig):
+    """The message comes again, is a duplicate, and is acknowledged as stored again."""
+    rig.start_ingest(session_expiry_s=60)
+    rig.link.loses_pubacks = True
+    rig.send(group(sample(1)))
+    rig.until(lambda: rig.acks)
+    before = table(rig.store)
+    rig.link.kill()
+    rig.start_ingest(session_expiry_s=60)
+    rig.until(lambda: len(rig.acks) == 2)
+    assert rig.acks[0] == rig.acks[1]
+    assert table(rig.store) == before
+    assert rig.ingest.counters["samples.duplicate"] == 1
+
+
+@pytest.mark.parametrize(
+    ("broken", "field"),
+    [
+        (group(sample(7), device="Not An Id"), "groups.device"),
+        (group(sample(7), model=""), "groups.model"),
+        (group(sample(7), epoch=b"short"), "epoch"),
+        (group(Sample(reading=SensorData(seq=7))), "reading"),
+        (group(Sample(reading=SensorData(seq=7, device="cam-09", scalars=Scalars()))), "reading.device"),
+        (group(Sample(reading=SensorData(seq=7, epoch=bytes(16), scalars=Scalars()))), "reading.epoch"),
+        (group(Sample(reading=SensorData(seq=7, reference="x" * 65, scalars=Scalars()))), "reading.reference"),
+        (group(sample(MAX_SEQ + 1)), "reading.seq"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_malformed_sample_is_set_aside_and_nothing_waits_behind_it(rig, broken, field):
+    """It is acknowledged as quarantined, with the field at fault beside its bytes; its neighbours are stored."""
+    rig.send(group(sample(1)), broken, group(sample(2)))
+    rig.send(group(sample(3)))
+    rig.until(lambda: len(rig.acks) == 2)
+    (bad,) = broken.samples
+    answers = [(list(item.stored), list(item.quarantined)) for item in rig.acks[0].groups]
+    assert answers == [([1], []), ([], [bad.reading.seq]), ([2], [])]
+    assert [row["seq"] for row in table(rig.store)] == [1, 2, 3]
+    (row,) = table(rig.store, "quarantine")
+    assert row["reason"].startswith(f"{field}: ")
+    assert (row["gateway"], row["received_at_us"]) == (GATEWAY, NOW_US)
+    assert Sample.FromString(row["payload"]) == bad
+    assert rig.ingest.counters["samples.malformed"] == 1
+
+
+def test_same_key_with_other_bytes_is_quarantined(rig):
+    """The first word stays, the second is kept for people, and the gateway need not send it again."""
+    rig.send(group(sample(1, value=1.0)))
+    rig.send(group(sample(1, value=2.0), sample(2)))
+    rig.until(lambda: len(rig.acks) == 2)
+    (answer,) = rig.acks[1].groups
+    assert (list(answer.stored), list(answer.quarantined)) == ([2], [1])
+    assert SensorData.FromString(table(rig.store)[0]["reading"]).scalars.values == [1.0]
+    (row,) = table(rig.store, "quarantine")
+    assert SensorData.FromString(row["payload"]).scalars.values == [2.0]
+    assert row["reason"] == "the key is stored with other bytes"
+    assert rig.ingest.counters == {"samples.stored": 2, "samples.conflict": 1}
+
+
+@pytest.mark.parametrize("refused", [{"gateway": "gw-02"}, {"gateway": ""}, {"node": "gw-02"}])
+def test_batch_of_another_gateway_is_refused(rig, refused):
+    """Access control ties a gateway to its topic, so the message may name no other; what follows is stored."""
+    rig.send(group(sample(1)), **refused)
+    rig.send(group(sample(2)))
+    rig.until(lambda: rig.acks)
+    assert [row["seq"] for row in table(rig.store)] == [2]
+    assert rig.link.counters["bad_payloads"] == 1
+    assert rig.events.count("puback") == 2
+
+
+def test_everything_that_has_arrived_shares_a_transaction(rig, caplog):
+    """One commit and one fsync for whatever the socket had; each batch has its own ack."""
+    link = MemoryLink()
+    ingest = Ingest(link, rig.store, wall_clock=lambda: NOW)
+    ingest.flush()
+    with caplog.at_level(logging.ERROR):
+        for seq in range(3):
+            link.deliver(SampleBatch(gateway=GATEWAY, groups=[group(sample(seq))]), rig.events)
+    assert rig.events == []
+    ingest.flush()
+    assert rig.events == ["commit", "puback", "puback", "puback"]
+    assert [list(ack.groups[0].stored) for ack in link.acks] == [[0], [1], [2]]
+    ingest.flush()
+    assert len(rig.events) == 4
+
+
+def test_batch_that_is_too_long_is_refused(rig):
+    """The bound of one transaction holds for one message; the gateway never makes one so long."""
+    link = MemoryLink()
+    ingest = Ingest(link, rig.store, wall_clock=lambda: NOW)
+    with pytest.raises(ValueError, match="more than 4096 samples"):
+        link.deliver(SampleBatch(gateway=GATEWAY, groups=[group(*[Sample()] * 4096), group(Sample())]), [])
+    ingest.flush()
+    assert rig.store.count_quarantined() == 0
+
+
+class MemoryLink:
+    """The part of a link that ingest uses."""
+
+    def __init__(self):
+        self.handlers = {}
+        self.acks = []
+
+    def subscribe(self, route, handler, **_):
+        self.handlers[route] = handler
+
+    def publish(self, route, message, **_):
+        assert isinstance(message, SampleAck)
+        self.acks.append(message)
+        return True
+
+
+# -- labels ------------------------------------------------------------------------------------------------------------
+
+
+def labels(*items, source=pb.LABEL_SOURCE_PERSON):
+    return pb.AddLabels(source=source, author="ann", labels=items)
+
+
+def label(seq=1, **fields):
+    return pb.Label(**{"device": "cam-00", "epoch": EPOCH, "seq": seq, "label": 4} | fields)
+
+
+def test_labels_are_stored_and_the_command_is_answered(rig):
+    """They may come before their samples; who gave them, and when they came, is kept."""
+    assert rig.command(labels(label(1), label(2))) == (pb.COMMAND_STATUS_DONE, "2 labels stored")
+    assert table(rig.store, "labels")[0] == {
+        "device": "cam-00",
+        "epoch": EPOCH,
+        "seq": 1,
+        "label": 4,
+        "source": pb.LABEL_SOURCE_PERSON,
+        "author": "ann",
+        "labelled_at_us": NOW_US,
+    }
+    rig.send(group(sample(1)))
+    rig.until(lambda: rig.acks)
+    assert rig.store.count_labelled("digits") == 1
+    assert rig.ingest.counters["labels"] == 2
+
+
+@pytest.mark.parametrize(
+    ("action", "field"),
+    [
+        (labels(label(1), source=pb.LABEL_SOURCE_UNSPECIFIED), "source"),
+        (labels(label(1), label(2, device="Not An Id")), "labels.device"),
+        (labels(label(1), label(2, epoch=b"short")), "epoch"),
+        (labels(label(1), label(MAX_SEQ + 1)), "labels.seq"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_labels_without_source_or_key_are_refused(rig, action, field):
+    """The answer names the field, and none of the command's labels is stored."""
+    status, message = rig.command(action)
+    assert (status, message.partition(":")[0]) == (pb.COMMAND_STATUS_REFUSED, field)
+    assert table(rig.store, "labels") == []
+
+
+def test_labels_that_come_too_late_are_not_stored(rig):
+    """A command's expiry is compared with ingest's own clock."""
+    status, _ = rig.command(labels(label(1)), expires_at_us=NOW_US)
+    assert status == pb.COMMAND_STATUS_EXPIRED
+    assert table(rig.store, "labels") == []
