@@ -151,7 +151,7 @@ class Link:
             return False
         spec = ROUTES[route]
         payload = message if isinstance(message, bytes) else encode(message)
-        if payload and (spec.message or bytes) is not type(message):
+        if message != b"" and (spec.message or bytes) is not type(message):
             raise ValueError(f"{route} carries {spec.message or bytes}, not {type(message)}")
         info = self._client.publish(
             topic(route, **segments),

@@ -83,7 +83,8 @@ class Loop:
         def again(now: float) -> None:
             callback(now)
             if not timer.cancelled:
-                timer.when, timer.order = max(timer.when + interval_s, now), next(self._order)
+                on_time = timer.when + interval_s
+                timer.when, timer.order = on_time if on_time > now else now + interval_s, next(self._order)
                 heapq.heappush(self._timers, timer)
 
         timer.callback = again
