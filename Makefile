@@ -11,7 +11,7 @@ ARGS ?=
 .PHONY: help venv venv-device demo test test-device lint format proto proto-check bench faults-install mutation-trust check clean
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 venv: $(VENV)/.installed ## Make the main environment
 venv-device: .venv-device/.installed ## Make the small environment of a device on tflite-runtime
@@ -36,11 +36,11 @@ demo: venv ## Run the whole loop on real data; ARGS="--quick --seed 8" and so on
 
 test: venv test-device ## Run all tests, the device's in both environments
 	@echo "== every test in the main environment"
-	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)
+	@$(BIN)/python -m pytest -rs --cov --cov-report=term:skip-covered $(ARGS)
 
 test-device: venv-device
 	@echo "== the device's tests on tflite-runtime and numpy 1"
-	@$(DEVICE_BIN)/python -m pytest -m device tests/shoal tests/device_agent
+	@$(DEVICE_BIN)/python -m pytest -rs -m device tests/shoal tests/device_agent
 
 lint: venv proto-check ## Check style, types, layers and the protobuf contract
 	@$(BIN)/ruff check .

@@ -44,7 +44,11 @@ class PublishedRelease:
 
 
 class BuildReport(msgspec.Struct, frozen=True):
-    """What a build leaves in `builds/MODEL/RELEASE.json`."""
+    """What a build leaves in `builds/MODEL/RELEASE.json`.
+
+    Attributes:
+        labelled: samples that had a label when it began.
+    """
 
     model: str
     release: int
@@ -90,6 +94,8 @@ def build(settings: CloudSettings, model: ModelSettings) -> BuildReport:
     keys = FileKeyStore(settings.keys_dir, key_password)
     releases = ReleaseStore(settings.releases_dir)
     samples = SampleStore(settings.samples_path)
+    # Before they are read, and with those that do not fit: what the trainer compares its own count with.
+    labelled = samples.count_labelled(model.name)
     extra = samples.labelled(model.name, task.shape)
     samples.close()
     last = max((report.release for report in load_reports(settings.builds_dir, model.name)), default=0)
@@ -115,7 +121,7 @@ def build(settings: CloudSettings, model: ModelSettings) -> BuildReport:
         share_permille=PERMILLE,
     )
     submit_plan(releases, plan, keys, now)
-    report = _report(released, built, labelled=0 if extra is None else len(extra))
+    report = _report(released, built, labelled=labelled)
     write_atomic(report_path(settings.builds_dir, model.name, released.release), msgspec.json.encode(report))
     return report
 
@@ -128,7 +134,7 @@ def _report(released: ReleaseSpec, built: BuiltRelease, *, labelled: int) -> Bui
         labelled=labelled,
         created_at_us=released.created_at_us,
         tiers={tier: asdict(report) for tier, report in built.reports.items()},
-        thresholds={TIERS[item.tier][0]: item.threshold for item in released.artefacts},
+        thresholds={TIERS[item.tier][0]: 0.0 for item in released.artefacts},
         metrics_ppm=dict(released.metrics_ppm),
     )
 

@@ -140,10 +140,10 @@ class Publisher:
         Raises:
             ConfigError: the store was never created, another publisher runs on it, or a key to sign with is missing.
         """
-        self._store.load()  # refuses a directory that is no store, before a lock file lies there
+        # Refuses a directory that is no store, before a lock file lies there.
+        check_signers(self._store.load(), self._keys)
         self._lock = self._store.own()
         self._generation = self._store.load()
-        check_signers(self._generation, self._keys)
         self._ledger = BlobLedger(self._store.directory / "blobs.sqlite")
         self._live = live_set(self._generation, self._store)
         self._ledger.add(self._live.blobs)

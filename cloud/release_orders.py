@@ -101,16 +101,31 @@ def checked_files(order: Order, generation: Generation, store: ReleaseStore, now
         return order.file(sha256) or store.file(sha256)
 
     files = {path: _load_target(path, info, load) for path, info in targets.targets.items()}
-    if order.role == ROLLOUT:
-        for path, data in files.items():
-            plan = decode(RolloutPlan, data)
-            if path != plan_path(plan.model):
-                raise TrustError(f"{path} holds a plan of {plan.model!r}")
-            _check_plan(plan, _targets_of(generation.roles, plan.model))
-    else:
-        _check_releases(order.role, files)
+    check_content(order.role, files, generation.roles)
+    if order.role != ROLLOUT:
         _check_live_plans(order.role, generation, targets, store.file)
     return {digest(data): data for data in files.values()}
+
+
+def check_content(role: str, files: Mapping[str, bytes], roles: Mapping[str, bytes]) -> None:
+    """Check that the plans or releases that a role delivers are what their paths say, and complete.
+
+    Args:
+        role: `rollout` or a model's.
+        files: everything that it delivers, by path.
+        roles: metadata of the models' roles, for the releases that plans name.
+
+    Raises:
+        ShoalError: something is not.
+    """
+    if role != ROLLOUT:
+        _check_releases(role, files)
+        return
+    for path, data in files.items():
+        plan = decode(RolloutPlan, data)
+        if path != plan_path(plan.model):
+            raise TrustError(f"{path} holds a plan of {plan.model!r}")
+        _check_plan(plan, _targets_of(roles, plan.model))
 
 
 def plans_of(rollout: bytes, load: LoadFile) -> Iterator[RolloutPlan]:

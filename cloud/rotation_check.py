@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from tuf.api.exceptions import RepositoryError
-from tuf.api.metadata import Metadata, Root, Signature, Targets
+from tuf.api.metadata import Metadata, Root, Signature, Snapshot, TargetFile, Targets, Timestamp
 
 from cloud.keys import KeyStore
 from cloud.release_store import Order
@@ -52,7 +52,9 @@ def checked_change(order: Order, generation: Generation, keys: KeyStore, now: dt
     """
     roots, roles = generation.roots, {**generation.roles, **order.resigned}
     if order.role == "root":
-        verify_root(root_of(generation), order.metadata, now)
+        root = verify_root(root_of(generation), order.metadata)
+        if root.is_expired(now) or not root.consistent_snapshot:
+            raise TrustError(f"root {root.version}: expired, or without consistent snapshots")
         roots = (*roots, order.metadata)
     else:
         roles[order.role] = order.metadata
@@ -64,21 +66,24 @@ def checked_change(order: Order, generation: Generation, keys: KeyStore, now: dt
     return changed
 
 
-def verify_root(current: Root, data: bytes, now: dt.datetime) -> Root:
-    """Check a root against the one before it and against itself.
+def verify_root(before: Root | None, data: bytes) -> Root:
+    """Check a root against the one before it and against itself. Expiry is not looked at: only the newest one's counts.
+
+    Args:
+        before: None for the first.
+        data: signed.
 
     Raises:
-        TrustError: too few signatures of either, not the next version, or expired.
+        TrustError: too few signatures of either, or not the next version.
     """
     new = parse_root(data)
-    for delegator, whose in ((current, "the root before it"), (new.signed, "its own")):
-        fault = _signature_fault(delegator, "root", new)
+    expected = before.version + 1 if before is not None else 1
+    if new.signed.version != expected:
+        raise TrustError(f"root {new.signed.version}, expected {expected}")
+    for delegator, whose in ((before, f"root {expected - 1}"), (new.signed, "its own")):
+        fault = signature_fault(delegator, "root", new) if delegator is not None else ""
         if fault:
-            raise TrustError(f"root {new.signed.version}, keys of {whose}: {fault}")
-    if new.signed.version != current.version + 1:
-        raise TrustError(f"root {new.signed.version}, expected {current.version + 1}")
-    if new.signed.is_expired(now) or not new.signed.consistent_snapshot:
-        raise TrustError(f"root {new.signed.version}: expired, or without consistent snapshots")
+            raise TrustError(f"root {expected}, by the keys of {whose}: {fault}")
     return new.signed
 
 
@@ -93,7 +98,7 @@ def role_faults(generation: Generation) -> Iterator[str]:
     if top is None:
         yield "role targets: there is no metadata of it"
         return
-    fault = _signature_fault(root_of(generation), "targets", top)
+    fault = signature_fault(root_of(generation), "targets", top)
     if fault:
         yield f"role targets: {fault}"
     if top.signed.targets:
@@ -109,7 +114,7 @@ def _delegate_faults(delegator: Targets, role: str, metadata: Metadata[Targets])
     delegated, ours = delegations_of(delegator)[role], delegated_role(role)
     if (delegated.paths, delegated.terminating, delegated.threshold) != (ours.paths, ours.terminating, ours.threshold):
         yield f"role {role}: delegated to for {delegated.paths}, expected {ours.paths}"
-    fault = _signature_fault(delegator, role, metadata)
+    fault = signature_fault(delegator, role, metadata)
     if fault:
         yield f"role {role}: {fault}"
     if metadata.signed.delegations is not None:
@@ -123,17 +128,27 @@ def _check_only_keys_changed(before: Generation, after: Generation, now: dt.date
     for role, data in after.roles.items():
         if data == before.roles.get(role):
             continue
-        new = parse_role(data)
-        old = parse_role(before.roles[role]) if role in before.roles else Targets(version=0)
-        if new.version <= old.version:
-            raise TrustError(f"role {role}: version {new.version}, {old.version} is published")
+        new, published = parse_role(data), before.roles.get(role)
+        version, targets = (0, {}) if published is None else _said(published)
+        if new.version <= version:
+            raise TrustError(f"role {role}: version {new.version}, {version} is published")
         if new.is_expired(now):
             raise TrustError(f"role {role}: expired")
-        if new.targets != old.targets:
+        if new.targets != targets:
             raise TrustError(f"role {role}: keys are to change, and what it delivers did")
 
 
-def _signature_fault(delegator: _Delegator, role: str, metadata: Metadata[Root] | Metadata[Targets]) -> str:
+def _said(data: bytes) -> tuple[int, dict[str, TargetFile]]:
+    role = parse_role(data)
+    return role.version, role.targets
+
+
+def signature_fault(
+    delegator: _Delegator,
+    role: str,
+    metadata: Metadata[Root] | Metadata[Targets] | Metadata[Snapshot] | Metadata[Timestamp],
+) -> str:
+    """Say what is wrong with the signatures of a role's metadata; nothing when enough of them hold."""
     try:
         delegator.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
     except RepositoryError as exc:

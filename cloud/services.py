@@ -15,6 +15,7 @@ from cloud.repository import ROLLOUT, TOP_LEVEL, first_generation
 from cloud.sample_store import SampleStore
 from cloud.settings import CloudSettings
 from shoal.config import link_config
+from shoal.errors import ConfigError
 from shoal.link import Link
 from shoal.link_config import service_identity
 from shoal.loop import Loop
@@ -38,9 +39,12 @@ def init(settings: CloudSettings, password: Password | None = None) -> Path:
         password: what the key files are encrypted with; without one they are not, as the log then says.
 
     Raises:
-        ConfigError: it was done before.
+        ConfigError: it was done before, or the directory cannot be made.
     """
-    settings.directory.mkdir(parents=True, exist_ok=True)
+    try:
+        settings.directory.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError(f"data_dir {settings.data_dir}: {exc.strerror}") from exc
     keys = FileKeyStore(settings.keys_dir, password)
     models = [model.name for model in settings.models]
     keys.create("root", ROOT_KEYS)
@@ -57,9 +61,13 @@ def init(settings: CloudSettings, password: Password | None = None) -> Path:
 
 
 def run_ingest(settings: CloudSettings) -> None:
-    """Serve until SIGINT or SIGTERM."""
+    """Serve until SIGINT or SIGTERM.
+
+    Raises:
+        ConfigError: `init` comes first.
+    """
+    store = _open_samples(settings)
     loop, link = _open(settings, ingest.SERVICE)
-    store = SampleStore(settings.samples_path)
     service = ingest.Ingest(link, store)
     loop.on_idle(lambda _: service.flush())
     _serve(settings, loop, link, service.counters)
@@ -68,9 +76,13 @@ def run_ingest(settings: CloudSettings) -> None:
 
 
 def run_trainer(settings: CloudSettings, config: Path) -> None:
-    """Serve until SIGINT or SIGTERM."""
+    """Serve until SIGINT or SIGTERM.
+
+    Raises:
+        ConfigError: `init` comes first.
+    """
+    store = _open_samples(settings)
     loop, link = _open(settings, trainer.SERVICE)
-    store = SampleStore(settings.samples_path)
     service = trainer.Trainer(settings, link, store, trainer.process_starter(config))
     loop.call_every(_SLOW_S, service.tick)
     try:
@@ -91,6 +103,12 @@ def run_publisher(settings: CloudSettings) -> None:
     loop.call_every(_FAST_S, service.tick)
     _serve(settings, loop, link, counters)
     service.close()
+
+
+def _open_samples(settings: CloudSettings) -> SampleStore:
+    if not settings.samples_path.is_file():
+        raise ConfigError(f"{settings.samples_path} is not there: make it with `shoal cloud init`")
+    return SampleStore(settings.samples_path)
 
 
 def _open(settings: CloudSettings, service: str) -> tuple[Loop, Link]:

@@ -1,10 +1,15 @@
 """The cloud's one TOML file, and what it names on disk."""
 
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from shoal.config import BrokerSettings
+from shoal.state import MAX_INTERVAL_S
+
+_Count = Annotated[int, Meta(ge=1)]
 
 
 class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -17,8 +22,8 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     name: str
-    min_new_labels: int = 200
-    max_releases: int = 0
+    min_new_labels: _Count = 200
+    max_releases: Annotated[int, Meta(ge=0)] = 0
     targets: list[str] = msgspec.field(default_factory=lambda: ["*"])
 
 
@@ -29,9 +34,9 @@ class CloudSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     models: list[ModelSettings]
     broker: BrokerSettings = msgspec.field(default_factory=BrokerSettings)
     seed: int = 0
-    train_threads: int = 1
-    parallel_builds: int = 2
-    state_interval_s: float = 60.0
+    train_threads: _Count = 1
+    parallel_builds: _Count = 2
+    state_interval_s: Annotated[float, Meta(gt=0, le=MAX_INTERVAL_S)] = 60.0
 
     @property
     def directory(self) -> Path:

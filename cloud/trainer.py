@@ -103,6 +103,9 @@ class Trainer:
         model = self._models.get(action.model)
         if model is None:
             raise PayloadError(f"{action.model!r} is not trained here", field="model")
+        most = model.settings.max_releases
+        if most and model.releases >= most:
+            raise PayloadError(f"{action.model!r} has all of its {most} releases", field="model")
         model.asked = True
         return f"a build of {action.model} starts as soon as there is room"
 

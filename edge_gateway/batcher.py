@@ -63,7 +63,7 @@ class Batcher(Generic[T]):
             left = Left.FULL
         elif drained and self._max_delay_s == 0:
             left = Left.DRAINED
-        elif now >= self._first_at() + self._max_delay_s:
+        elif self._max_delay_s and now >= self._first_at() + self._max_delay_s:
             left = Left.WAITED
         else:
             return None

@@ -6,6 +6,7 @@ Only the standard library is imported at the top: tests use this on small machin
 """
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, unique
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from shoal.codec import MAX_PAYLOAD_BYTES
@@ -30,6 +31,14 @@ _PROFILE = Path(__file__).parent / "profiles" / "mosquitto-dev.conf"
 # Debian puts it where only root's PATH looks.
 _SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _LOG_TAIL_BYTES = 600
+# A free port may be taken before the broker binds it.
+_PORT_ATTEMPTS = 5
+# What both write once they own the port. A connection alone proves nothing: it may reach whoever was faster.
+_RUNNING = b" running"
+
+
+class _PortTakenError(ConfigError):
+    """Another port may do."""
 
 
 @unique
@@ -90,7 +99,12 @@ def start_broker(
     Raises:
         ConfigError: it is not installed, or did not start; the message ends with its own last words.
     """
-    broker = _launch(directory, kind or choose_kind(), port or free_port(), extra_config)
+    chosen = kind or choose_kind()
+    broker = (
+        _launch_anywhere(directory, chosen, extra_config)
+        if port is None
+        else _launch(directory, chosen, port, extra_config)
+    )
     try:
         yield broker
     finally:
@@ -98,12 +112,14 @@ def start_broker(
 
 
 def run_foreground(directory: Path, kind: BrokerKind | None, port: int) -> int:
-    """Run a broker until it ends or Ctrl-C; return its exit status."""
-    with start_broker(directory, kind, port) as broker:
-        try:
+    """Run a broker until it ends, Ctrl-C or SIGTERM; return its exit status."""
+    # Dying of it would leave the broker behind: it has a session of its own.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with start_broker(directory, kind, port) as broker:
             return broker.process.wait()
-        except KeyboardInterrupt:
-            return 0
+    except KeyboardInterrupt:
+        return 0
 
 
 def free_port() -> int:
@@ -113,11 +129,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _launch_anywhere(directory: Path, kind: BrokerKind, extra_config: str) -> RunningBroker:
+    for _ in range(_PORT_ATTEMPTS - 1):
+        with contextlib.suppress(_PortTakenError):
+            return _launch(directory, kind, free_port(), extra_config)
+    return _launch(directory, kind, free_port(), extra_config)
+
+
 def _launch(directory: Path, kind: BrokerKind, port: int, extra_config: str) -> RunningBroker:
     directory.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(socket.socket()) as probe:
-        if probe.connect_ex(("127.0.0.1", port)) == 0:
-            raise ConfigError(f"port {port} is taken; choose another, or use the broker there with SHOAL_BROKER")
+    if _is_taken(port):
+        raise _PortTakenError(f"port {port} is taken; choose another, or use the broker there with SHOAL_BROKER")
     command, found = (
         _mosquitto(directory, port, extra_config) if kind is BrokerKind.MOSQUITTO else _iotcore(directory, port)
     )
@@ -132,6 +154,17 @@ def _launch(directory: Path, kind: BrokerKind, port: int, extra_config: str) -> 
         broker.stop()
         raise
     return broker
+
+
+def _is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        # As brokers do, or connections of the last one would count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as exc:
+            return exc.errno == errno.EADDRINUSE
+    return False
 
 
 def _mosquitto(directory: Path, port: int, extra_config: str) -> tuple[list[str], str]:
@@ -149,9 +182,13 @@ def _mosquitto(directory: Path, port: int, extra_config: str) -> tuple[list[str]
 
 
 def _iotcore(directory: Path, port: int) -> tuple[list[str], str]:
+    try:
+        found = version("iotcore")
+    except PackageNotFoundError as exc:
+        raise ConfigError("iotcore is not installed: pip install 'shoal[console]', or install mosquitto") from exc
     config = directory / "iotcore.toml"
     config.write_text(_iotcore_config(port))
-    return [sys.executable, "-m", "fleet_console.broker", str(config)], version("iotcore")
+    return [sys.executable, "-m", "fleet_console.broker", str(config)], found
 
 
 def _iotcore_config(port: int) -> str:
@@ -185,21 +222,31 @@ def _wait_until_ready(broker: RunningBroker, log: Path) -> None:
     while time.monotonic() < deadline:
         if broker.process.poll() is not None:
             break
-        with contextlib.closing(socket.socket()) as probe:
-            if probe.connect_ex(("127.0.0.1", broker.port)) == 0:
-                return
+        if _RUNNING in log.read_bytes() and _answers(broker.port):
+            return
         time.sleep(_POLL_S)
     tail = log.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace").strip()
-    raise ConfigError(f"{broker.name} did not start on port {broker.port}: {tail or 'it said nothing'}")
+    died = broker.process.poll() is not None
+    error = _PortTakenError if died and _is_taken(broker.port) else ConfigError
+    raise error(f"{broker.name} did not start on port {broker.port}: {tail or 'it said nothing'}")
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _serve_iotcore(config: str) -> None:
     from iotcore import Broker  # noqa: PLC0415  only this process needs it
 
-    Broker(config_path=config).start()
-    signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    stops = {signal.SIGTERM, signal.SIGINT}
+    with Broker(config_path=config):
+        # Only now: its own child would inherit the mask, ignore SIGTERM and be killed after five seconds.
+        signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+        sys.stderr.write("iotcore running\n")
+        sys.stderr.flush()
+        signal.sigwait(stops)
 
 
 if __name__ == "__main__":
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     _serve_iotcore(sys.argv[1])

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fleet_console.broker import BrokerKind, choose_kind, run_foreground
 from fleet_console.keys_cli import keys_app
+from fleet_console.release_cli import models, release_app
 from shoal.errors import ShoalError
 
 app = typer.Typer(
@@ -22,6 +23,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(keys_app, name="keys")
+app.add_typer(release_app, name="release")
+app.command()(models)
 _INTERRUPTED = 130
 
 

@@ -1,6 +1,5 @@
 """Ingest between a real broker and a real store."""
 
-import logging
 import time
 import uuid
 from contextlib import closing
@@ -9,13 +8,14 @@ import pytest
 
 from cloud.ingest import Ingest
 from cloud.sample_store import MAX_SEQ, SampleStore
+from shoal.codec import encode
 from shoal.link import Link
 from shoal.link_config import node_identity, parse_broker_url, service_identity
 from shoal.loop import Loop
-from shoal.routes import CLOUD_SITE, Route
+from shoal.routes import CLOUD_SITE, Route, topic
 from shoal.v1 import command_pb2 as pb
 from shoal.v1.inference_pb2 import ASK_REASON_SCORE, Answer
-from shoal.v1.sample_pb2 import Sample, SampleAck, SampleBatch, SampleGroup
+from shoal.v1.sample_pb2 import Sample, SampleBatch, SampleGroup
 from shoal.v1.sensor_pb2 import Scalars, SensorData
 
 PATIENCE_S = 20.0
@@ -92,7 +92,6 @@ class Rig:
         self.link.events = self.events
         self.ingest = Ingest(self.link, self.store, wall_clock=lambda: NOW)
         self.link.attach(self.loop)
-        # Idle: the broker has taken the subscriptions too, for PUBACKs come in order behind SUBACKs.
         self.until(lambda: self.link.connected and self.gateway.connected)
         self.settle()
 
@@ -116,6 +115,12 @@ class Rig:
     def send(self, *groups, gateway=GATEWAY, node=GATEWAY):
         message = SampleBatch(gateway=gateway, groups=groups)
         assert self.gateway.publish(Route.SAMPLE, message, site=self.site, node=node)
+
+    def receive(self, *groups):
+        """Hand ingest a message without the broker, and without a flush."""
+        payload = encode(SampleBatch(gateway=GATEWAY, groups=groups))
+        name = topic(Route.SAMPLE, site=self.site, node=GATEWAY)
+        self.link._inbox.receive(name, payload, retained=False, ack=lambda: self.events.append("puback"))
 
     def command(self, action, expires_at_us=NOW_US + 1):
         command = pb.Command(id=uuid.uuid4().bytes, expires_at_us=expires_at_us, add_labels=action)
@@ -275,46 +280,45 @@ def test_batch_of_another_gateway_is_refused(rig, refused):
     assert rig.events.count("puback") == 2
 
 
-def test_everything_that_has_arrived_shares_a_transaction(rig, caplog):
-    """One commit and one fsync for whatever the socket had; each batch has its own ack."""
-    link = MemoryLink()
-    ingest = Ingest(link, rig.store, wall_clock=lambda: NOW)
-    ingest.flush()
-    with caplog.at_level(logging.ERROR):
-        for seq in range(3):
-            link.deliver(SampleBatch(gateway=GATEWAY, groups=[group(sample(seq))]), rig.events)
+def test_everything_that_has_arrived_shares_a_transaction(rig):
+    """One commit and one fsync for whatever the socket had; each batch has its own ack and PUBACK."""
+    for seq in range(3):
+        rig.receive(group(sample(seq)))
     assert rig.events == []
-    ingest.flush()
-    assert rig.events == ["commit", "puback", "puback", "puback"]
-    assert [list(ack.groups[0].stored) for ack in link.acks] == [[0], [1], [2]]
-    ingest.flush()
-    assert len(rig.events) == 4
+    rig.ingest.flush()
+    assert rig.events == ["commit", "ack", "puback", "ack", "puback", "ack", "puback"]
+    rig.ingest.flush()
+    assert rig.events.count("commit") == 1
+    rig.until(lambda: len(rig.acks) == 3)
+    assert [list(ack.groups[0].stored) for ack in rig.acks] == [[0], [1], [2]]
+
+
+def test_ingest_processes_share_the_work(rig):
+    """A second process takes some of the samples, and none is stored or acknowledged twice."""
+    second = Link(parse_broker_url(rig.url, session_expiry_s=0), service_identity("ingest-2"))
+    ingest = Ingest(second, rig.store, wall_clock=lambda: NOW)
+    rig.loop.on_idle(lambda _: ingest.flush())
+    second.attach(rig.loop)
+    rig.until(lambda: second.connected)
+    done = []
+    assert second.publish(Route.CLOUD_STATE, b"", on_done=done.append, service="ingest-2")
+    rig.until(lambda: done)
+    for seq in range(8):
+        rig.send(group(sample(seq)))
+    rig.until(lambda: len(rig.acks) == 8)
+    rig.settle()
+    second.close()
+    assert sorted(ack.groups[0].stored[0] for ack in rig.acks) == list(range(8))
+    assert 0 < ingest.counters["samples.stored"] < 8
 
 
 def test_batch_that_is_too_long_is_refused(rig):
-    """The bound of one transaction holds for one message; the gateway never makes one so long."""
-    link = MemoryLink()
-    ingest = Ingest(link, rig.store, wall_clock=lambda: NOW)
-    with pytest.raises(ValueError, match="more than 4096 samples"):
-        link.deliver(SampleBatch(gateway=GATEWAY, groups=[group(*[Sample()] * 4096), group(Sample())]), [])
-    ingest.flush()
+    """A transaction is bounded: one sample more than fits, and none of the message is looked at."""
+    rig.receive(group(*[Sample()] * 4096), group(Sample()))
+    assert rig.link.counters["bad_payloads"] == 1
+    assert rig.events == ["puback"]
+    rig.ingest.flush()
     assert rig.store.count_quarantined() == 0
-
-
-class MemoryLink:
-    """The part of a link that ingest uses."""
-
-    def __init__(self):
-        self.handlers = {}
-        self.acks = []
-
-    def subscribe(self, route, handler, **_):
-        self.handlers[route] = handler
-
-    def publish(self, route, message, **_):
-        assert isinstance(message, SampleAck)
-        self.acks.append(message)
-        return True
 
 
 # -- labels ------------------------------------------------------------------------------------------------------------

@@ -53,13 +53,13 @@ def test_adaptive_baseline_follows_slow_drift_and_reports_a_jump():
     assert detector.update(f32(199 * 0.25 + 1.25))
 
 
-def test_adaptive_baseline_moves_by_exactly_its_share():
+@pytest.mark.parametrize(("value", "is_changed"), [(1.25, False), (1.375, True), (-0.75, False), (-0.875, True)])
+def test_adaptive_baseline_moves_by_exactly_its_share(value, is_changed):
     """Pins the arithmetic: from 0, a reading of 1 at a share of a quarter makes 0.25 the baseline."""
     detector = ChangeDetector(threshold=1.0, adapt=0.25)
     detector.update(f32(0.0))
     assert not detector.update(f32(1.0))
-    assert not detector.update(f32(1.25))
-    assert detector.update(f32(-0.75))
+    assert detector.update(f32(value)) is is_changed
 
 
 @given(values=st.lists(st.just(float("nan")) | STEPS, min_size=1, max_size=20), adapt=st.sampled_from([0.0, 0.5]))

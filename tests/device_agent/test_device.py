@@ -182,6 +182,9 @@ def test_questions_wait_for_company(make_rig, tmp_path):
 def test_nothing_is_asked_while_disconnected_and_everything_at_once_after(make_rig, tmp_path):
     """Pins that a connection is used as soon as it is there, and its window no further than it goes."""
     rig = make_rig(tmp_path, linger_s=60.0, max_rows=1, window=3)
+    rig.link.connect()
+    rig.step()
+    rig.link.disconnect()
     for value in range(5):
         rig.read(float(value))
     assert rig.step() == []
@@ -226,6 +229,28 @@ def test_question_that_did_not_arrive_is_due_at_once(rig, how):
     else:
         rig.link.acknowledge(LinkError("quota exceeded"))
     assert seqs(rig.step()) == [asked]
+
+
+def test_question_that_found_no_room_is_due_at_once(rig):
+    """Pins that a window too narrow for both groups sends the second as soon as there is room."""
+    rig.ask()
+    rig.link.acknowledge()
+    rig.read(6.0)
+    rig.link.window = 1
+    assert seqs(rig.step(10.0)) == [1]
+    rig.link.acknowledge()
+    assert seqs(rig.step()) == [0]
+
+
+def test_link_that_takes_nothing_is_not_asked_for_ever(make_rig, tmp_path, monkeypatch):
+    """Pins that a tick ends where a link has room and yet refuses."""
+    rig = make_rig(tmp_path, max_rows=1)
+    rig.link.connect()
+    monkeypatch.setattr(rig.link, "publish", lambda *_, **__: False)
+    assert rig.ask().seq == 0
+    monkeypatch.undo()
+    rig.link.connect()
+    assert seqs(rig.step()) == [0]
 
 
 # -- replies -------------------------------------------------------------------------------------------------------
@@ -273,10 +298,12 @@ def test_reply_that_asks_for_patience_keeps_it_owed(rig, status, counter):
     rig.check_ledger()
 
 
-def test_invalid_argument_quarantines(rig):
-    """Pins that a reading refused for ever is let go, counted, and not heard as an answer."""
+def test_invalid_argument_quarantines(rig, caplog):
+    """Pins that a reading refused for ever is let go, told and counted once, and not heard as an answer."""
     asked = rig.ask().seq
     rig.reply(asked, status=pb.STATUS_INVALID_ARGUMENT)
+    rig.reply(asked, status=pb.STATUS_INVALID_ARGUMENT)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert rig.committed().get("quarantined") == 1
     assert rig.step(100.0) == []
     assert [outcome.by for outcome in rig.outcomes] == [AnsweredBy.NOBODY]

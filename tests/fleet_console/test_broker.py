@@ -1,8 +1,12 @@
 """Starting brokers."""
 
 import os
+import signal
 import socket
+import subprocess
+import sys
 import time
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 from paho.mqtt.client import Client, MQTTv5
@@ -10,6 +14,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from fleet_console import broker as broker_module
 from fleet_console.broker import BrokerKind, find_mosquitto, free_port, start_broker
 from shoal.errors import ConfigError
 from shoal.link_config import parse_broker_url
@@ -77,3 +82,62 @@ def test_broker_that_dies_tells_why(tmp_path):
         start_broker(tmp_path, BrokerKind.MOSQUITTO, free_port(), extra_config="no_such_setting true"),
     ):
         pass
+
+
+def test_broker_obeys_when_it_is_stopped(tmp_path, kind):
+    """Ctrl-C promises five seconds: nobody has to be killed."""
+    with start_broker(tmp_path, kind) as broker:
+        pass
+    assert broker.process.returncode == 0
+
+
+@pytest.fixture
+def stranger():
+    """Somebody else's listener."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        yield other.getsockname()[1]
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["seen before the start", "taken under its hands"])
+def test_free_port_that_was_taken_meanwhile_is_given_up(tmp_path, kind, stranger, monkeypatch, seen):
+    """A stranger's listener is never taken for the broker, and another port is tried."""
+    ports = iter([stranger, free_port()])
+    monkeypatch.setattr(broker_module, "free_port", lambda: next(ports))
+    if not seen:
+        answers = iter([False])
+        is_taken = broker_module._is_taken
+        monkeypatch.setattr(broker_module, "_is_taken", lambda port: next(answers, None) or is_taken(port))
+    with start_broker(tmp_path, kind) as broker:
+        assert broker.port != stranger
+        assert broker.process.poll() is None
+
+
+def test_missing_embedded_broker_is_said(tmp_path, monkeypatch):
+    """An operator reads what to install, not a traceback."""
+
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(broker_module, "version", missing)
+    with pytest.raises(ConfigError, match="iotcore is not installed"), start_broker(tmp_path, BrokerKind.IOTCORE):
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_broker_in_the_foreground_ends_with_its_starter(tmp_path, kind, number):
+    """Neither Ctrl-C nor a supervisor's SIGTERM leaves a broker behind."""
+    port = free_port()
+    program = (
+        "from pathlib import Path; from fleet_console.broker import BrokerKind, run_foreground;"
+        f"raise SystemExit(run_foreground(Path({str(tmp_path)!r}), BrokerKind({kind.value!r}), {port}))"
+    )
+    with subprocess.Popen([sys.executable, "-c", program]) as starter:
+        deadline = time.monotonic() + 20.0
+        while not broker_module._answers(port):
+            assert starter.poll() is None
+            assert time.monotonic() < deadline
+        starter.send_signal(number)
+        assert starter.wait(20.0) == 0
+    assert not broker_module._answers(port)
