@@ -134,7 +134,7 @@ def _report(released: ReleaseSpec, built: BuiltRelease, *, labelled: int) -> Bui
         labelled=labelled,
         created_at_us=released.created_at_us,
         tiers={tier: asdict(report) for tier, report in built.reports.items()},
-        thresholds={TIERS[item.tier][0]: 0.0 for item in released.artefacts},
+        thresholds={TIERS[item.tier][0]: item.threshold for item in released.artefacts},
         metrics_ppm=dict(released.metrics_ppm),
     )
 

@@ -93,11 +93,17 @@ def run_trainer(settings: CloudSettings, config: Path) -> None:
 
 
 def run_publisher(settings: CloudSettings) -> None:
-    """Serve until SIGINT or SIGTERM."""
+    """Serve until SIGINT or SIGTERM.
+
+    Raises:
+        ConfigError: `init` comes first.
+    """
+    releases = ReleaseStore(settings.releases_dir)
+    releases.load()
     loop, link = _open(settings, "publisher")
     counters: Counter[str] = Counter()
     keys = FileKeyStore(settings.keys_dir, key_password)
-    service = Publisher(link, ReleaseStore(settings.releases_dir), keys, counters=counters)
+    service = Publisher(link, releases, keys, counters=counters)
     service.start()
     link.on_connect(service.on_connect)
     loop.call_every(_FAST_S, service.tick)

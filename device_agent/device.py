@@ -38,6 +38,8 @@ from shoal.v1.sensor_pb2 import Scalars, SensorData, TimeQuality
 log = logging.getLogger(__name__)
 
 _SEQ_BLOCK = 256
+# Of the retry interval: a gateway that answers "not yet" is there, and will be ready soon.
+_PATIENCE = 0.2
 # What a message holds besides its rows (names, epoch), and each row besides its own bytes.
 _HEAD_BYTES = 1024
 _ROW_HEAD_BYTES = 8
@@ -272,8 +274,9 @@ class Device:
                 if self._settle(key, _SETTLED[row.status]):
                     self._hear(row)
             else:
-                # Not now: the retry that is planned already brings it back.
+                # Not now: again sooner than after silence, and not at once.
                 self._count(f"replies.{_status_name(row.status)}")
+                self._outbox.make_due([key], self._clock() + _PATIENCE * self.config.retry_after_s)
 
     def _hear(self, row: pb.RowReply) -> None:
         asked_at = self._asked_at.pop(row.seq, None)

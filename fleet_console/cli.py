@@ -93,7 +93,7 @@ def broker(
 @app.command()
 def watch(
     filters: Annotated[
-        list[str] | None, typer.Argument(help="MQTT topic filters; by default everything of Shoal's.")
+        list[str] | None, typer.Argument(help="MQTT topic filters; by default everything of Shoal's but model chunks.")
     ] = None,
     broker: Annotated[str, typer.Option(envvar="SHOAL_BROKER", help="The broker's address.")] = "mqtt://127.0.0.1:1883",
     *,
@@ -103,7 +103,7 @@ def watch(
     """Print messages as they pass, protobuf decoded. R marks retained ones."""
     from fleet_console.watch import watch as run  # noqa: PLC0415
 
-    run(broker, filters or ["shoal/v1/#"], as_json=as_json, count=count)
+    run(broker, filters, as_json=as_json, count=count)
 
 
 @app.command()

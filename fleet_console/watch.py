@@ -16,7 +16,7 @@ from rich.text import Text
 from shoal.codec import decode
 from shoal.errors import ConfigError, LinkError, PayloadError
 from shoal.link_config import parse_broker_url
-from shoal.routes import ROUTES, parse_topic
+from shoal.routes import ROUTES, Route, parse_topic, topic_filter
 
 
 def decode_payload(topic: str, payload: bytes) -> dict[str, object]:
@@ -38,8 +38,8 @@ def message_to_dict(message: Message) -> dict[str, object]:
     return found
 
 
-def watch(broker_url: str, filters: list[str], *, as_json: bool, count: int) -> None:
-    """Print messages until Ctrl-C, or `count` of them.
+def watch(broker_url: str, filters: list[str] | None, *, as_json: bool, count: int) -> None:
+    """Print messages until Ctrl-C, or `count` of them. Without filters, everything but model chunks.
 
     Raises:
         ConfigError: the address is none, or nobody answers there.
@@ -49,13 +49,15 @@ def watch(broker_url: str, filters: list[str], *, as_json: bool, count: int) -> 
     console = Console()
     client = Client(CallbackAPIVersion.VERSION2, protocol=MQTTv5)
     left = count or sys.maxsize
+    # A wildcard over retained chunks loses some of them, and nobody reads chunks.
+    wanted = filters or [topic_filter(route) for route in Route if route is not Route.BLOB]
 
     def connected(
         client: Client, _userdata: object, _flags: ConnectFlags, reason: ReasonCode, _properties: Properties | None
     ) -> None:
         if reason.is_failure:
             raise LinkError(f"{broker_url} refused: {reason}")
-        client.subscribe([(pattern, 1) for pattern in filters])
+        client.subscribe([(pattern, 1) for pattern in wanted])
 
     def received(client: Client, _userdata: object, packet: MQTTMessage) -> None:
         nonlocal left

@@ -102,14 +102,18 @@ class Processes:
             self._write_pids()
         return restarted
 
-    def stop(self) -> None:
-        """End all of them at once: SIGTERM, a few seconds of grace, then SIGKILL to what is left of each group."""
-        running = [child for child in self.children.values() if child.is_running]
+    def end(self, *names: str) -> None:
+        """Ask these to end, and give them a few seconds for it."""
+        running = [child for child in map(self.children.__getitem__, names) if child.is_running]
         for child in running:
             child.process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + _GRACE_S
         while any(child.is_running for child in running) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
+
+    def stop(self) -> None:
+        """End all of them at once: SIGTERM, a few seconds of grace, then SIGKILL to what is left of each group."""
+        self.end(*self.children)
         for child in self.children.values():
             # The group too: a trainer that was killed may have left a build behind.
             with contextlib.suppress(ProcessLookupError):

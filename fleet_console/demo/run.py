@@ -102,6 +102,19 @@ class Demo:
             self._processes.start(fleet, "simulator", "fleet", "--config", str(run / f"{fleet}.toml"), finite=True)
         self._loop.call_every(_TICK_S, self._tick)
         self._loop.run(until=lambda: self.stage is Stage.OVER)
+        self._read_the_rest()
+
+    def _read_the_rest(self) -> None:
+        """A run that was cut off still has books to close: let the fleets write down what they did, and hear it out."""
+        self._processes.end(*_FLEETS)
+        heard_until = self._loop.clock() + _TICK_S
+        self._loop.call_at(heard_until, lambda _now: None)
+        self._loop.run(until=lambda: self._loop.clock() >= heard_until)
+        self._read_journals()
+
+    def _read_journals(self) -> None:
+        self.journals.sensors += self._readers["sensors"].new()
+        self.journals.cameras += self._readers["cameras"].new()
 
     def close(self) -> None:
         self._link.close()
@@ -113,8 +126,7 @@ class Demo:
     def _tick(self, now: float) -> None:
         for name in self._processes.watch():
             self._notes.append(f"{self.elapsed_s:5.1f} s  {name} died and was started again")
-        self.journals.sensors += self._readers["sensors"].new()
-        self.journals.cameras += self._readers["cameras"].new()
+        self._read_journals()
         self._advance(now)
         self._view.update(self._snapshot())
 

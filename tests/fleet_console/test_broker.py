@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError
+from itertools import count
 
 import pytest
 from paho.mqtt.client import Client, MQTTv5
@@ -106,9 +107,10 @@ def test_free_port_that_was_taken_meanwhile_is_given_up(tmp_path, kind, stranger
     ports = iter([stranger, free_port()])
     monkeypatch.setattr(broker_module, "free_port", lambda: next(ports))
     if not seen:
-        answers = iter([False])
+        # Free when asked before the start; from then on the truth.
         is_taken = broker_module._is_taken
-        monkeypatch.setattr(broker_module, "_is_taken", lambda port: next(answers, None) or is_taken(port))
+        asked = count()
+        monkeypatch.setattr(broker_module, "_is_taken", lambda port: next(asked) > 0 and is_taken(port))
     with start_broker(tmp_path, kind) as broker:
         assert broker.port != stranger
         assert broker.process.poll() is None
