@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -248,6 +249,8 @@ def run_demo(options: Options, console: Console) -> int:
         ProcessDiedError: a process died.
     """
     started = time.monotonic()
+    # Whoever ends the demo politely gets what Ctrl-C gets: no process is left behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     _clear(options)
     with _broker(options) as (url, name, version), LiveView(console) as view:
         config = make_config(options, url)
