@@ -8,7 +8,7 @@ EXTRAS := device,gateway,cloud,simulator,console,dev
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-device demo test test-device lint format proto proto-check bench faults-install mutation-trust check clean
+.PHONY: help venv venv-device demo test test-device lint format proto proto-check bench bench-delivery faults-install mutation-trust check clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -64,6 +64,9 @@ proto-check: venv
 
 bench: venv ## Measure what the README and docs quote
 	@$(BIN)/python benchmarks/protobuf_size.py
+
+bench-delivery: venv ## Measure how a release reaches 500 devices (needs Mosquitto)
+	@$(BIN)/python benchmarks/delivery.py $(ARGS)
 
 faults-install: venv ## Inject a fault into every system call of an install (minutes; needs strace)
 	@$(BIN)/python tests/campaigns/faults_install.py $(ARGS)
