@@ -1,6 +1,7 @@
 """Fixtures for every test. Imports nothing that the small device environment lacks."""
 
 import os
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,6 +10,11 @@ import pytest
 from fleet_console.broker import BrokerKind, choose_kind, find_mosquitto, start_broker
 
 _ROOT = Path(__file__).parent.parent
+
+
+def pytest_configure():
+    """Undo an ignored SIGINT, as background jobs of a shell inherit it: the tests' children must hear Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
