@@ -68,7 +68,7 @@ class Generation:
         """Metadata files under the names that a TUF client asks for, without the timestamp."""
         named = {f"{number}.root.json": data for number, data in enumerate(self.roots, 1)}
         for role, data in self.roles.items():
-            named[f"{_parse_targets(data).signed.version}.{role}.json"] = data
+            named[f"{parse_metadata(Targets, data).signed.version}.{role}.json"] = data
         named[f"{snapshot_of(self).version}.snapshot.json"] = self.snapshot
         return named
 
@@ -83,7 +83,7 @@ def parse_role(data: bytes) -> Targets:
     Raises:
         TrustError: it is something else.
     """
-    return _parse_targets(data).signed
+    return parse_metadata(Targets, data).signed
 
 
 def snapshot_of(generation: Generation) -> Snapshot:
@@ -105,12 +105,21 @@ def parse_root(data: bytes) -> Metadata[Root]:
     Raises:
         TrustError: it is something else.
     """
+    return parse_metadata(Root, data)
+
+
+def parse_metadata(kind: type[S], data: bytes) -> Metadata[S]:
+    """Read signed metadata of one type; signatures are not looked at.
+
+    Raises:
+        TrustError: it is something else.
+    """
     try:
-        metadata = Metadata[Root].from_bytes(data)
+        metadata = Metadata[S].from_bytes(data)
     except RepositoryError as exc:
         raise TrustError(f"{len(data)} bytes are no metadata: {exc}") from exc
-    if metadata.signed.type != Root.type:
-        raise TrustError(f"metadata of type {metadata.signed.type}, expected {Root.type}")
+    if metadata.signed.type != kind.type:
+        raise TrustError(f"metadata of type {metadata.signed.type}, expected {kind.type}")
     return metadata
 
 
@@ -187,7 +196,7 @@ def verify_role(generation: Generation, role: str, data: bytes, now: dt.datetime
         TrustError: unknown role, bad signature, old version, expired, or a path that it may not deliver.
     """
     delegator = parse_role(generation.roles["targets"])
-    signed = _parse_targets(data)
+    signed = parse_metadata(Targets, data)
     delegated = delegations_of(delegator).get(role)
     if delegated is None:
         raise TrustError(f"role {role} is not delegated to")
@@ -311,13 +320,3 @@ def sign(signed: S, signers: Iterable[Signer]) -> bytes:
     for signer in signers:
         metadata.sign(signer, append=True)
     return metadata.to_bytes(_SERIALIZER)
-
-
-def _parse_targets(data: bytes) -> Metadata[Targets]:
-    try:
-        metadata = Metadata[Targets].from_bytes(data)
-    except RepositoryError as exc:
-        raise TrustError(f"{len(data)} bytes are no metadata: {exc}") from exc
-    if metadata.signed.type != Targets.type:
-        raise TrustError(f"metadata of type {metadata.signed.type}, expected {Targets.type}")
-    return metadata

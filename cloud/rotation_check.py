@@ -21,6 +21,7 @@ from cloud.repository import (
     check_signers,
     delegated_role,
     delegations_of,
+    parse_metadata,
     parse_role,
     parse_root,
     root_of,
@@ -93,7 +94,7 @@ def role_faults(generation: Generation) -> Iterator[str]:
     Raises:
         TrustError: something is no metadata at all.
     """
-    metadata = {role: _parse(data) for role, data in generation.roles.items()}
+    metadata = {role: parse_metadata(Targets, data) for role, data in generation.roles.items()}
     top = metadata.pop("targets", None)
     if top is None:
         yield "role targets: there is no metadata of it"
@@ -154,8 +155,3 @@ def signature_fault(
     except RepositoryError as exc:
         return str(exc)
     return ""
-
-
-def _parse(data: bytes) -> Metadata[Targets]:
-    parse_role(data)  # refuses what is no metadata of this type
-    return Metadata[Targets].from_bytes(data)

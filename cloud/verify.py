@@ -12,7 +12,7 @@ from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timestamp
 
 from cloud.release_orders import check_content
-from cloud.repository import ROOT_VERSION_FIELD, Generation, parse_role, parse_root
+from cloud.repository import ROOT_VERSION_FIELD, Generation, parse_metadata, parse_role, parse_root
 from cloud.rotation_check import role_faults, signature_fault, verify_root
 from shoal.errors import ShoalError, TrustError
 from shoal.release.chunks import digest
@@ -84,20 +84,20 @@ class _Check:
             TrustError: so much is missing or broken that nothing more can be said.
         """
         self.timestamp_data = self._need("timestamp.json")
-        timestamp = Metadata[Timestamp].from_bytes(self.timestamp_data)
+        timestamp = parse_metadata(Timestamp, self.timestamp_data)
         roots, root = self._load_roots(timestamp.signed, trusted)
         self._check_signed("timestamp", timestamp, root)
         info = timestamp.signed.snapshot_meta
         data = self._need(f"{info.version}.snapshot.json")
         self._check_meta(f"{info.version}.snapshot.json", data, info)
-        snapshot = Metadata[Snapshot].from_bytes(data)
-        self._check_signed("snapshot", snapshot, root)
+        snapshot = parse_metadata(Snapshot, data)
+        self._check_signed("snapshot", snapshot, root, info.version)
         roles = {}
         for name, meta in snapshot.signed.meta.items():
             role = name.removesuffix(".json")
             roles[role] = self._need(f"{meta.version}.{name}")
             self._check_meta(f"{meta.version}.{name}", roles[role], meta)
-            self._check_age(role, parse_role(roles[role]))
+            self._check_age(role, parse_role(roles[role]), meta.version)
         return Generation(roots, roles, data, self.timestamp_data)
 
     def _load_roots(self, timestamp: Timestamp, trusted: bytes | None) -> tuple[tuple[bytes, ...], Root]:
@@ -115,14 +115,18 @@ class _Check:
         self._check_age("root", before)
         return tuple(roots), before
 
-    def _check_signed(self, role: str, metadata: Metadata[Timestamp] | Metadata[Snapshot], root: Root) -> None:
+    def _check_signed(
+        self, role: str, metadata: Metadata[Timestamp] | Metadata[Snapshot], root: Root, version: int | None = None
+    ) -> None:
         fault = signature_fault(root, role, metadata)
         if fault:
             self.faults.append(f"{role}: {fault}")
-        self._check_age(role, metadata.signed)
+        self._check_age(role, metadata.signed, version)
 
-    def _check_age(self, role: str, signed: Root | Timestamp | Snapshot | Targets) -> None:
+    def _check_age(self, role: str, signed: Root | Timestamp | Snapshot | Targets, version: int | None = None) -> None:
         self.versions[role] = signed.version
+        if version is not None and signed.version != version:
+            self.faults.append(f"{role}: version {signed.version}, expected {version}")
         if signed.is_expired(self._now):
             self.faults.append(f"{role}: expired at {signed.expires.isoformat()}")
 
@@ -131,9 +135,6 @@ class _Check:
             info.verify_length_and_hashes(data)
         except RepositoryError as exc:
             self.faults.append(f"{name}: {exc}")
-        signed = Metadata.from_bytes(data).signed
-        if signed.version != info.version:
-            self.faults.append(f"{name}: holds version {signed.version}")
 
     def _check_files(self, role: str, targets: Targets, generation: Generation) -> None:
         found: dict[str, bytes] = {}

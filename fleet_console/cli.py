@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from fleet_console.broker import BrokerKind, choose_kind, run_foreground
 from fleet_console.keys_cli import keys_app
@@ -36,7 +38,7 @@ class BrokerChoice(StrEnum):
     IOTCORE = "iotcore"
 
 
-ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="TOML file.", exists=True, dir_okay=False)]
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="TOML file.")]
 KindOption = Annotated[
     BrokerChoice, typer.Option(help="Which broker to start; auto takes Mosquitto where it is installed.")
 ]
@@ -86,7 +88,11 @@ def broker(
 ) -> None:
     """Run an MQTT 5 broker on loopback for trying Shoal: Mosquitto if it is installed, otherwise the embedded one."""
     chosen = _kind(kind) or choose_kind()
-    Console(stderr=True).print(f"{chosen.value} on mqtt://127.0.0.1:{port}, files in {directory}; Ctrl-C ends it")
+    # The broker has a session of its own: whoever ends this politely ends it too, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    Console(stderr=True).print(
+        Text(f"{chosen.value} on mqtt://127.0.0.1:{port}, files in {directory}; Ctrl-C ends it"), soft_wrap=True
+    )
     raise typer.Exit(run_foreground(directory, chosen, port))
 
 
@@ -159,7 +165,7 @@ def main() -> NoReturn:
     try:
         app()
     except ShoalError as exc:
-        Console(stderr=True).print(f"[red]shoal:[/red] {exc}", highlight=False)
+        Console(stderr=True).print(Text.assemble(("shoal:", "red"), f" {exc}"), soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)

@@ -42,7 +42,7 @@ def watch(broker_url: str, filters: list[str] | None, *, as_json: bool, count: i
     """Print messages until Ctrl-C, or `count` of them. Without filters, everything but model chunks.
 
     Raises:
-        ConfigError: the address is none, or nobody answers there.
+        ConfigError: the address is none, nobody answers there, or a filter is none.
         LinkError: the broker refused.
     """
     config = parse_broker_url(broker_url)
@@ -57,7 +57,10 @@ def watch(broker_url: str, filters: list[str] | None, *, as_json: bool, count: i
     ) -> None:
         if reason.is_failure:
             raise LinkError(f"{broker_url} refused: {reason}")
-        client.subscribe([(pattern, 1) for pattern in wanted])
+        try:
+            client.subscribe([(pattern, 1) for pattern in wanted])
+        except ValueError as exc:
+            raise ConfigError(f"{' '.join(map(repr, wanted))}: {exc}") from exc
 
     def received(client: Client, _userdata: object, packet: MQTTMessage) -> None:
         nonlocal left
@@ -71,9 +74,9 @@ def watch(broker_url: str, filters: list[str] | None, *, as_json: bool, count: i
     client.on_message = received
     if config.username:
         client.username_pw_set(config.username, config.password)
-    if config.tls_ca is not None:
-        client.tls_set(config.tls_ca)
     try:
+        if config.tls_ca is not None:
+            client.tls_set(config.tls_ca)
         client.connect(config.host, config.port)
     except OSError as exc:
         raise ConfigError(f"{broker_url}: {exc}; start one with `shoal broker`") from exc

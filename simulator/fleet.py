@@ -9,9 +9,11 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import msgspec
 from google.protobuf.json_format import MessageToDict
+from msgspec import Meta
 
 from device_agent.device import Device, DeviceConfig
 from device_agent.policy import PolicyConfig
@@ -19,13 +21,16 @@ from device_agent.readings import AnsweredBy, Outcome, Reading
 from device_agent.runtime import runtime_name
 from shoal.config import BrokerSettings, link_config
 from shoal.delivery.outbox import Limits, Outbox, lane_by_device
+from shoal.errors import ConfigError, PayloadError
+from shoal.ids import parse_id
 from shoal.link import Link
-from shoal.link_config import node_identity
+from shoal.link_config import Identity, node_identity
 from shoal.loop import Loop
 from shoal.release.client import UpdateClient
 from shoal.release.offer import NodeModel
 from shoal.release.selftest import ChildSelfTest
 from shoal.release.trust import TrustStore
+from shoal.state import MAX_INTERVAL_S
 from shoal.v1.release_pb2 import Tier
 from shoal.v1.sensor_pb2 import TIME_QUALITY_SYNCED, Scalars, SensorData
 from simulator.datasets import load_digits, load_shuttle
@@ -47,28 +52,28 @@ class FleetSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         readings_after: of each device with the release that came after the drift.
     """
 
-    kind: str
+    kind: Literal["sensors", "cameras"]
     site: str
     prefix: str
     model: str
-    devices: int
-    rate_hz: float
-    readings: int
+    devices: Annotated[int, Meta(ge=1)]
+    rate_hz: Annotated[float, Meta(gt=0)]
+    readings: Annotated[int, Meta(ge=0)]
     data_dir: str
     journal: str
     trusted_root: str
     broker: BrokerSettings = msgspec.field(default_factory=BrokerSettings)
     seed: int = 0
     drifts: bool = False
-    readings_after: int = 0
-    max_readings: int = 100_000
-    change_threshold: float = 0.0
-    audit_share: float = 0.005
-    max_share: float = 0.2
-    retry_after_s: float = 10.0
-    linger_s: float = 0.0
-    state_interval_s: float = 5.0
-    probation_s: float = 5.0
+    readings_after: Annotated[int, Meta(ge=0)] = 0
+    max_readings: Annotated[int, Meta(ge=0)] = 100_000
+    change_threshold: Annotated[float, Meta(ge=0)] = 0.0
+    audit_share: Annotated[float, Meta(ge=0, le=1)] = 0.005
+    max_share: Annotated[float, Meta(gt=0, le=1)] = 0.2
+    retry_after_s: Annotated[float, Meta(gt=0)] = 10.0
+    linger_s: Annotated[float, Meta(ge=0)] = 0.0
+    state_interval_s: Annotated[float, Meta(gt=0, le=MAX_INTERVAL_S)] = 5.0
+    probation_s: Annotated[float, Meta(ge=0)] = 5.0
 
     def device_config(self, node: str) -> DeviceConfig:
         return DeviceConfig(
@@ -96,13 +101,22 @@ class Fleet:
     """Builds the devices and drives them. Constructing it touches the disk, `run` the network."""
 
     def __init__(self, settings: FleetSettings, loop: Loop) -> None:
+        """Open the files.
+
+        Raises:
+            ConfigError: one that the settings name is missing or in the way, or a name is not an id.
+        """
         self._settings = settings
         self._loop = loop
+        self._identities = _identities(settings)
         directory = Path(settings.data_dir)
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self._root = Path(settings.trusted_root).read_bytes()
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise ConfigError(f"{exc.filename}: {exc.strerror}") from exc
         self._outbox = Outbox(directory / "outbox.sqlite", Limits(200_000, 1 << 30), lane_by_device)
         self._journal = Journal(Path(settings.journal))
-        self._root = Path(settings.trusted_root).read_bytes()
         self._self_test = SharedSelfTest(ChildSelfTest("device_agent.runtime"))
         self._kind = FleetKind(settings.kind)
         self._data = load_shuttle() if self._kind is FleetKind.SENSORS else load_digits()
@@ -121,18 +135,18 @@ class Fleet:
             self._loop.call_at(start + offset_s, _Reader(self, self._loop, member, period_s))
         self._loop.call_every(_TICK_S, self._tick)
         self._loop.call_every(_FLUSH_S, lambda _: self._journal.flush())
-        with self._loop.stopping_on_signals():
-            self._loop.run(until=self._is_over)
-        self._close()
+        try:
+            with self._loop.stopping_on_signals():
+                self._loop.run(until=self._is_over)
+        finally:
+            self._close()
 
     def _member(self, index: int, directory: Path) -> _Member:
         settings = self._settings
-        node = f"{settings.prefix}-{index:02d}"
+        identity = self._identities[index]
+        node = identity.client_id
         rng = random.Random(f"{settings.seed}/{node}")  # noqa: S311  a simulation repeats itself
-        link = Link(
-            link_config(settings.broker, session_expiry_s=_SESSION_EXPIRY_S),
-            node_identity(settings.site, node, "device"),
-        )
+        link = Link(link_config(settings.broker, session_expiry_s=_SESSION_EXPIRY_S), identity)
         waiting: dict[int, SimReading] = {}
         device = Device(
             settings.device_config(node),
@@ -240,9 +254,9 @@ class Fleet:
         for member in self._members:
             member.updates.close()
             member.device.link.close()
+        self._self_test.close()
         self._journal.close()
         self._outbox.close()
-        self._loop.close()
 
 
 class _Reader:
@@ -259,6 +273,15 @@ class _Reader:
         self._fleet.read(self._member, now)
         self._next = (self._next or now) + self._period_s
         self._loop.call_at(self._next, self)
+
+
+def _identities(settings: FleetSettings) -> list[Identity]:
+    try:
+        parse_id(settings.model, "model")
+        nodes = [f"{settings.prefix}-{index:02d}" for index in range(settings.devices)]
+        return [node_identity(settings.site, node, "device") for node in nodes]
+    except PayloadError as exc:
+        raise ConfigError(str(exc)) from exc
 
 
 def json_sizes(node: str, seq: int, truth: SimReading) -> tuple[int, int]:
@@ -282,4 +305,8 @@ def json_sizes(node: str, seq: int, truth: SimReading) -> tuple[int, int]:
 
 def run(settings: FleetSettings) -> None:
     """Run one fleet process to its end."""
-    Fleet(settings, Loop()).run()
+    loop = Loop()
+    try:
+        Fleet(settings, loop).run()
+    finally:
+        loop.close()

@@ -40,16 +40,21 @@ class Entry:
 
 
 _COLUMNS = [field.name for field in fields(Entry)]
+# Makes a line that a kill cut short unreadable wherever it was cut: too many columns, or a last one that is no number.
+_CUT = ",cut\r\n"
 
 
 class Journal:
-    """Appends entries; `flush` makes them readable to others."""
+    """Appends entries; `flush` makes them readable to others. What a kill cut short stays, as a line of its own."""
 
     def __init__(self, path: Path) -> None:
+        is_cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
         self._file: IO[str] = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file)
         if self._file.tell() == 0:
             self._writer.writerow(_COLUMNS)
+        elif is_cut:
+            self._file.write(_CUT)
 
     def write(self, entry: Entry) -> None:
         self._writer.writerow(astuple(entry))
@@ -62,7 +67,10 @@ class Journal:
 
 
 class JournalReader:
-    """Reads a journal while it grows: each call of `new` returns the complete lines since the last."""
+    """Reads a journal while it grows: each call of `new` returns the complete lines since the last.
+
+    Lines that a kill cut short are left out: nobody was told of what they say.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -78,12 +86,24 @@ class JournalReader:
             self._offset = file.tell()
         complete, newline, self._rest = data.rpartition(b"\n")
         if newline:
-            for row in csv.reader(complete.decode().splitlines()):
-                if row and row != _COLUMNS:
-                    yield _parse(row)
+            for line in complete.decode(errors="replace").split("\n"):
+                entry = _parse(line)
+                if entry is not None:
+                    yield entry
 
 
-def _parse(row: list[str]) -> Entry:
+def _parse(line: str) -> Entry | None:
+    """Read one line for itself: a quote that a kill left open must not swallow those behind it.
+
+    Returns None for the line of names, and for one that was cut.
+    """
+    try:
+        return _entry(next(csv.reader([line]), []))
+    except (ValueError, csv.Error):
+        return None
+
+
+def _entry(row: list[str]) -> Entry:
     cells = dict(zip(_COLUMNS, row, strict=True))
     return Entry(
         at=float(cells["at"]),

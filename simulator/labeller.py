@@ -3,10 +3,13 @@
 python -m simulator labeller --config labeller.toml
 """
 
+import contextlib
 import secrets
 from dataclasses import dataclass
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from shoal.config import BrokerSettings, link_config
 from shoal.delivery.outbox import Key
@@ -39,8 +42,8 @@ class LabellerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     models: list[str]
     broker: BrokerSettings = msgspec.field(default_factory=BrokerSettings)
-    delay_s: float = 2.0
-    retry_after_s: float = 5.0
+    delay_s: Annotated[float, Meta(ge=0)] = 2.0
+    retry_after_s: Annotated[float, Meta(gt=0)] = 5.0
 
 
 @dataclass(slots=True)
@@ -82,7 +85,9 @@ class Labeller:
                 continue
             for sample in group.samples:
                 key = Key(group.device, group.epoch, sample.reading.seq)
-                self._annotator.see(key, sample.reading.reference, now)
+                # A sample that nobody can look up is not labelled; the others are.
+                with contextlib.suppress(PayloadError):
+                    self._annotator.see(key, sample.reading.reference, now)
 
     def _send(self, labels: list[Labelled[Key]], now: float) -> None:
         now_us = int(unix_time() * 1e6)

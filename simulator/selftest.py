@@ -19,6 +19,11 @@ class SharedSelfTest:
             shared = self._shared[artefact.sha256] = _Shared(self._tester.start(path, artefact, now))
         return _Ticket(shared)
 
+    def close(self) -> None:
+        """End what is under way; no ticket may be polled after that."""
+        for shared in self._shared.values():
+            shared.cancel()
+
 
 class _Shared:
     def __init__(self, trial: Trial) -> None:
@@ -29,6 +34,10 @@ class _Shared:
         if self._verdict is None:
             self._verdict = self._trial.poll(now)
         return self._verdict
+
+    def cancel(self) -> None:
+        if self._verdict is None:
+            self._trial.cancel()
 
 
 class _Ticket:

@@ -31,6 +31,7 @@ class Child:
     Attributes:
         finite: it is meant to end by itself, with status 0.
         restarts: how often it was started again.
+        is_swept: it has ended, and what it had started has been killed.
     """
 
     name: str
@@ -39,10 +40,21 @@ class Child:
     finite: bool
     process: "subprocess.Popen[bytes]"
     restarts: int = 0
+    is_swept: bool = False
 
     @property
     def is_running(self) -> bool:
         return self.process.poll() is None
+
+    def sweep(self) -> None:
+        """Kill what is left of its group: a trainer that was killed leaves a build behind.
+
+        Once only, because the number of a group that is gone may become another's.
+        """
+        if not self.is_swept:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.is_swept = True
 
 
 class Processes:
@@ -91,12 +103,16 @@ class Processes:
         restarted = []
         for child in self.children.values():
             code = child.process.poll()
-            if code is None or (child.finite and code == 0):
+            if code is None:
+                continue
+            child.sweep()
+            if child.finite and code == 0:
                 continue
             if not self._keep_going:
                 raise ProcessDiedError(f"{child.name} ended with {code}: {_tail(child.log)}")
             child.restarts += 1
             child.process = _spawn(child.arguments, child.log)
+            child.is_swept = False
             restarted.append(child.name)
         if restarted:
             self._write_pids()
@@ -113,12 +129,14 @@ class Processes:
 
     def stop(self) -> None:
         """End all of them at once: SIGTERM, a few seconds of grace, then SIGKILL to what is left of each group."""
-        self.end(*self.children)
-        for child in self.children.values():
-            # The group too: a trainer that was killed may have left a build behind.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.process.pid, signal.SIGKILL)
-            child.process.wait()
+        try:
+            self.end(*self.children)
+        finally:
+            # Also when somebody presses Ctrl-C again.
+            for child in self.children.values():
+                child.sweep()
+            for child in self.children.values():
+                child.process.wait()
 
     def _write_pids(self) -> None:
         pids = {name: child.process.pid for name, child in self.children.items()}
