@@ -104,12 +104,17 @@ def open_link(config: LinkConfig, site: str, node: str) -> Link:
 
 
 def serve(gateway: Gateway, loop: Loop) -> None:
+    """Drive a gateway until SIGINT or SIGTERM."""
+    with loop.stopping_on_signals():
+        drive(gateway, loop)
+
+
+def drive(gateway: Gateway, loop: Loop) -> None:
     """Drive a gateway on the loop until it is stopped."""
     gateway.link.attach(loop)
     loop.call_every(_TICK_S, gateway.tick)
     loop.on_idle(_flusher(gateway, loop))
-    with loop.stopping_on_signals():
-        loop.run()
+    loop.run()
     gateway.flush(loop.clock())
     gateway.link.close()
     loop.close()

@@ -36,6 +36,7 @@ class Observer:
         self.online: dict[str, bool] = {}
         self.states: dict[str, NodeState] = {}
         self.messages: Counter[str] = Counter()
+        self._sessions: dict[str, bytes] = {}
         for route, handler in (
             (Route.INFER, self._on_infer),
             (Route.REPLY, self._on_reply),
@@ -83,14 +84,20 @@ class Observer:
         if not isinstance(batch, SampleBatch) or not batch.groups:
             return
         # One message may carry samples of several models: each pays for its own groups and its share of the rest.
-        sizes = [group.ByteSize() for group in batch.groups]
+        sizes = [max(1, group.ByteSize()) for group in batch.groups]
         for group, size in zip(batch.groups, sizes, strict=True):
             self.seen(group.model).sample_bytes += len(delivery.payload) * size / sum(sizes)
 
     def _on_presence(self, delivery: Delivery) -> None:
         presence = delivery.message
-        if isinstance(presence, Presence):
-            self.online[delivery.address.node or delivery.address.service] = presence.online
+        if not isinstance(presence, Presence):
+            return
+        name = delivery.address.node or delivery.address.service
+        if presence.online:
+            self._sessions[name] = presence.session
+        # The will of an earlier connection says nothing of the one that is.
+        if presence.online or self._sessions.get(name, presence.session) == presence.session:
+            self.online[name] = presence.online
 
     def _on_state(self, delivery: Delivery) -> None:
         state = delivery.message

@@ -53,6 +53,7 @@ class Link:
 
     Attributes:
         connected: CONNACK came and the connection has not ended since.
+        is_subscribed: and the broker has answered the last subscription made on it.
         counters: connects, disconnects, bad_payloads, refused_publishes, refused_subscriptions, ...
     """
 
@@ -60,6 +61,7 @@ class Link:
         self.config = config
         self.identity = identity
         self.connected = False
+        self.is_subscribed = False
         self.counters: Counter[str] = Counter()
         self._rng = rng or random.SystemRandom()
         self._loop: Loop | None = None
@@ -245,7 +247,7 @@ class Link:
 
     def _forget(self) -> None:
         self._client = None
-        self.connected = False
+        self.connected = self.is_subscribed = False
         pending, self._pending = self._pending, {}
         for done in pending.values():
             if done is not None:
@@ -339,6 +341,7 @@ class Link:
     def _subscribed(
         self, _client: Client, _userdata: object, _mid: int, reasons: list[ReasonCode], _properties: Properties
     ) -> None:
+        self.is_subscribed = True
         refused = sum(reason.is_failure for reason in reasons)
         if refused:
             self.counters["refused_subscriptions"] += refused

@@ -342,6 +342,18 @@ def test_model_without_a_role_is_told_how_to_get_one(tmp_path, store, keys):
     assert not store.orders()
 
 
+def test_rows_on_which_kernels_disagree_are_not_golden():
+    """Twelve rows, four of them in dispute by half the range: eight are left, and the tolerance stays four steps."""
+    facts = Facts((1,), low=-1.0, high=1.0, input_step=1 / 64, output_step=1 / 256, int8=True, runtime="")
+    rows = np.arange(12, dtype=np.float32).reshape(12, 1)
+    outputs = np.zeros((12, 3), dtype=np.float32)
+    plainly = outputs.copy()
+    plainly[::3, 1] = 0.5
+    golden = byo._derived(facts, rows, outputs, plainly)
+    assert sorted(to_array(golden.inputs)[:, 0]) == [1, 2, 4, 5, 7, 8, 10, 11]
+    assert golden.tolerance == 4 / 256
+
+
 def test_random_rows_of_a_quantized_model_are_exact():
     """On its own steps, so that no runtime rounds an input."""
     facts = Facts((1000,), low=-2.0, high=2.0 - 1 / 64, input_step=1 / 64, output_step=0.0, int8=True, runtime="")

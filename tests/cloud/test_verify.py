@@ -99,6 +99,16 @@ def test_every_damaged_file_is_named(store):
     assert any(f"{paths[1].name} is missing" in fault for fault in found)
 
 
+@pytest.mark.parametrize("role", [ROLLOUT, ROLE])
+def test_role_that_the_snapshot_does_not_mean_is_found(store, keys, role):
+    """Mix and match: signed with the right key, of the right version, and still another file."""
+    signed = parse_role(store.load().roles[role])
+    other = sign_role(keys.signers(role), signed.version, signed.targets, NOW + dt.timedelta(days=1))
+    (store.directory / "metadata" / f"{signed.version}.{role}.json").write_bytes(other)
+    (fault,) = faults(store)
+    assert fault.startswith(f"{signed.version}.{role}.json: ")
+
+
 def test_expiry_is_found_by_role(store):
     """The timestamp first, the others with it."""
     assert faults(store, NOW + dt.timedelta(days=31)) == ("timestamp: expired at 2026-12-20T12:00:00+00:00",)

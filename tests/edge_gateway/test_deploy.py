@@ -1,0 +1,111 @@
+"""One ONNX file, some devices, no cloud."""
+
+import random
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+
+import edge_gateway
+from edge_gateway.deploy import local_release, model_id
+from shoal.errors import LinkError, ModelError
+from shoal.link import Link
+from shoal.link_config import node_identity, parse_broker_url
+from shoal.loop import Loop
+from shoal.routes import Route
+from shoal.v1 import inference_pb2 as pb
+from shoal.v1.sensor_pb2 import Scalars, SensorData
+
+_PATIENCE_S = 10.0
+
+
+def save_model(path, outputs=(3,)):
+    """A linear classifier of two inputs, or something with another output."""
+    weights = np.random.default_rng(1).normal(size=(2, 3)).astype(np.float32)
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    if outputs != (3,):
+        nodes = [helper.make_node("Unsqueeze", ["x", "axes"], ["y"])]
+    graph = helper.make_graph(
+        nodes,
+        "m",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [
+            helper.make_tensor("w", TensorProto.FLOAT, [2, 3], weights.ravel()),
+            helper.make_tensor("axes", TensorProto.INT64, [1], [2]),
+        ],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+def ask(url, site, node, values):
+    """Ask as a device and return the first reply, None when nobody answers in a second."""
+    loop, replies = Loop(), []
+    link = Link(parse_broker_url(url, session_expiry_s=0), node_identity(site, node, "device"), rng=random.Random(1))
+    link.subscribe(Route.REPLY, lambda delivery: replies.append(delivery.message), site=site, node=node)
+    rows = [pb.InferenceRow(reading=SensorData(seq=1, scalars=Scalars(values=values)))]
+    request = pb.InferenceRequest(device=node, epoch=b"e" * 16, model="resnet18-quantized", rows=rows)
+    link.attach(loop)
+    loop.run(until=lambda: link.is_subscribed)
+    assert link.publish(Route.INFER, request, site=site, node=node)
+    loop.call_at(loop.clock() + 1.0, lambda _now: loop.stop())
+    loop.run(until=lambda: bool(replies))
+    link.close()
+    loop.close()
+    return replies[0] if replies else None
+
+
+def test_seeds_own_example_answers_its_devices_and_nobody_else(broker, tmp_path):
+    """The arguments are those of the document that ordered it; the label is onnxruntime's own."""
+    path = save_model(tmp_path / "ResNet18 Quantized.onnx")
+    service = edge_gateway.Deploy(
+        model=path,
+        devices=["cam01", "cam02", "cam03"],
+        max_batch_size=8,
+        broker=broker.url,
+        site="deploy",
+        name="gw-deploy",
+    )
+    service.start()
+    try:
+        reply = ask(broker.url, "deploy", "cam02", [0.5, -1.0])
+        assert ask(broker.url, "deploy", "cam04", [0.5, -1.0]) is None
+    finally:
+        service.stop()
+    logits = onnxruntime.InferenceSession(path).run(None, {"x": np.array([[0.5, -1.0]], np.float32)})[0]
+    assert reply.rows[0].answer.label == int(logits.argmax())
+    assert not reply.rows[0].sample_promised
+    assert (service.stats()["requests"], service.stats()["rows.ok"]) == (1, 1)
+
+
+def test_it_says_when_there_is_no_broker(tmp_path, monkeypatch):
+    """And leaves no thread behind."""
+    monkeypatch.setattr("edge_gateway.deploy._CONNECT_S", 0.2)
+    service = edge_gateway.Deploy(save_model(tmp_path / "m.onnx"), broker="mqtt://127.0.0.1:1")
+    with pytest.raises(LinkError, match="broker"):
+        service.start()
+    assert service._thread is None
+
+
+def test_what_cannot_be_served_is_said(tmp_path):
+    """No such file, and an output that is no row of class scores."""
+    with pytest.raises(ModelError, match="No such file"):
+        local_release("m", tmp_path / "missing.onnx")
+    with pytest.raises(ModelError, match="expected rows of class scores"):
+        local_release("m", save_model(tmp_path / "m.onnx", (2, 1)))
+
+
+def test_stem_becomes_an_id():
+    """Whatever people call their files."""
+    assert model_id("ResNet18 (v2)_int8") == "resnet18-v2-_int8"
+
+
+def test_importing_the_package_loads_no_runtime():
+    """A device that has the package for its messages does not pay for onnxruntime."""
+    program = "import sys, edge_gateway; assert 'onnxruntime' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
