@@ -37,7 +37,6 @@ class Deploy:
         model: an ONNX file with one float32 input and one 2-D output; its stem, made an id, is the model's name.
         devices: whom to serve; empty means every device of the site.
         max_batch_size: rows of one model call.
-
     """
 
     def __init__(

@@ -247,7 +247,7 @@ def test_state_is_told_at_birth_and_again_in_time(net):
     """With counters; services have a topic of their own."""
     heard = []
     watcher = net.join("watcher")
-    watcher.subscribe(Route.CLOUD_STATE, lambda delivery: heard.append(delivery.message))
+    watcher.subscribe(Route.CLOUD_STATE, lambda delivery: heard.append(delivery.message), service=net.site)
     link = Link(parse_broker_url(net.url, session_expiry_s=0), service_identity(net.site))
     net.links.append(link)
     reporter = StateReporter(link, lambda: Report({"answers": 3}), interval_s=60.0, rng=Chance())
