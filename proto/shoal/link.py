@@ -108,10 +108,10 @@ class Link:
         Raises:
             ValueError: the route has another handler already, or a control topic would be shared.
         """
-        self._inbox.register(route, handler, ack_late=ack_late)
         if group is not None and ROUTES[route].retain:
             raise ValueError(f"{route} is retained; shared subscriptions receive no retained messages")
         pattern = topic_filter(route, group=group, **segments)
+        self._inbox.register(route, handler, ack_late=ack_late)
         self._filters[pattern] = route
         if self.connected:
             self._subscribe_now([pattern])

@@ -1,5 +1,6 @@
 """Where a link connects, and as whom."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -11,6 +12,7 @@ from shoal.ids import parse_id
 from shoal.routes import CLOUD_SITE, Route
 
 _DAY_S = 86_400
+_SECRET = re.compile(r"//.*@")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +74,17 @@ def parse_broker_url(url: str, *, session_expiry_s: int = _DAY_S) -> LinkConfig:
     Raises:
         ConfigError: another scheme, or no host.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname:
-        raise ConfigError(f"broker {url!r}: expected mqtt://host:port or mqtts://host:port")
+    shown = _SECRET.sub("//***@", url)
     try:
-        port = parts.port or (8883 if parts.scheme == "mqtts" else 1883)
+        parts = urlsplit(url)
+        port = parts.port
     except ValueError as exc:
-        raise ConfigError(f"broker {url!r}: {exc}") from exc
+        raise ConfigError(f"broker {shown!r}: {exc}") from exc
+    if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or port == 0:
+        raise ConfigError(f"broker {shown!r}: expected mqtt://host:port or mqtts://host:port")
     return LinkConfig(
         host=parts.hostname,
-        port=port,
+        port=port or (8883 if parts.scheme == "mqtts" else 1883),
         username=unquote(parts.username or ""),
         password=unquote(parts.password or ""),
         tls_ca="/etc/ssl/certs/ca-certificates.crt" if parts.scheme == "mqtts" else None,

@@ -25,7 +25,7 @@ def scale(values: NDArray[np.float32], schema: pb.InputSchema) -> NDArray[np.flo
         schema: mean and std of the training set, one for each channel or one for all.
 
     Raises:
-        ModelError: the channel counts differ.
+        ModelError: the channel counts differ, or a deviation is not positive.
     """
     mean = np.asarray(schema.mean, dtype=np.float32)
     std = np.asarray(schema.std, dtype=np.float32)
@@ -33,7 +33,10 @@ def scale(values: NDArray[np.float32], schema: pb.InputSchema) -> NDArray[np.flo
         raise ModelError(
             f"{values.shape[-1]} channels, but the release has {mean.size} means and {std.size} deviations"
         )
-    return np.asarray((values - mean) / std, dtype=np.float32)
+    if not (std > 0).all():
+        raise ModelError(f"a deviation is not positive: {std.min()}")
+    with np.errstate(over="ignore"):  # absurdly far from the mean is infinitely far
+        return np.asarray((values - mean) / std, dtype=np.float32)
 
 
 def score_rows(kind: pb.ScoreKind, scaled: NDArray[np.float32], outputs: NDArray[np.float32]) -> Scores:
@@ -45,16 +48,23 @@ def score_rows(kind: pb.ScoreKind, scaled: NDArray[np.float32], outputs: NDArray
         outputs: (n, ...), what came out, in float units.
 
     Raises:
-        ModelError: the release asks for a score that this version does not know, or an output is not finite.
+        ModelError: the release asks for a score that this version does not know, or an output is not finite or
+            of another size than its score needs.
     """
     if not np.isfinite(outputs).all():
         raise ModelError("the model answered with a value that is not finite")
     if kind == pb.SCORE_KIND_RECONSTRUCTION:
-        errors = np.square(outputs.reshape(scaled.shape) - scaled).reshape(len(scaled), -1)
-        return Scores(errors.mean(axis=1, dtype=np.float32), None)
+        if outputs.size != scaled.size:
+            raise ModelError(f"{outputs.shape} came out, expected {scaled.shape}")
+        with np.errstate(over="ignore"):  # absurdly far off scores infinite
+            errors = np.square(outputs.reshape(scaled.shape) - scaled).reshape(len(scaled), -1)
+            return Scores(errors.mean(axis=1, dtype=np.float32), None)
     if kind == pb.SCORE_KIND_UNCERTAINTY:
+        if outputs.size == 0 or outputs.size % len(scaled):
+            raise ModelError(f"{outputs.shape} came out, expected the same number for each of {len(scaled)} rows")
         logits = outputs.reshape(len(scaled), -1)
-        shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+        with np.errstate(over="ignore"):  # exp makes 0 of it
+            shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
         certainty = shifted.max(axis=1) / shifted.sum(axis=1)
         return Scores((1.0 - certainty).astype(np.float32), logits.argmax(axis=1))
     raise ModelError(f"unknown score kind {kind}")

@@ -26,6 +26,9 @@ DTYPES: Mapping[pb.DType, np.dtype[Any]] = MappingProxyType(
 )
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAX_DIMENSIONS = 8
+# The wire has 64 bits; SQLite, which every store is, has 63 and a sign.
+_MAX_SEQ = (1 << 63) - 1
+_SHOWN_CHARACTERS = 64
 
 
 def to_tensor(array: NDArray[Any]) -> pb.Tensor:
@@ -49,14 +52,20 @@ def to_array(tensor: pb.Tensor, field: str = "tensor") -> NDArray[Any]:
     dtype = DTYPES.get(tensor.dtype)
     if dtype is None:
         raise PayloadError(f"unknown element type {tensor.dtype}", field=f"{field}.dtype")
+    # First: the product of all the dimensions that a message can hold takes seconds.
+    if len(tensor.shape) > _MAX_DIMENSIONS:
+        raise PayloadError(f"{len(tensor.shape)} dimensions, at most {_MAX_DIMENSIONS}", field=f"{field}.shape")
     shape = tuple(tensor.shape)
     # math.prod, because numpy's overflows to 0 on a hostile shape.
     expected = math.prod(shape) * dtype.itemsize
-    if len(shape) > _MAX_DIMENSIONS or expected != len(tensor.data):
+    if expected != len(tensor.data):
         raise PayloadError(
             f"{list(shape)} of {dtype} needs {expected} bytes, got {len(tensor.data)}", field=f"{field}.data"
         )
-    return np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
+    try:
+        return np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
+    except ValueError as exc:  # beside a 0, dimensions that numpy cannot multiply
+        raise PayloadError(f"{list(shape)} is too large", field=f"{field}.shape") from exc
 
 
 def reading_values(reading: SensorData, shape: Sequence[int], field: str = "reading") -> NDArray[np.float32]:
@@ -74,7 +83,8 @@ def reading_values(reading: SensorData, shape: Sequence[int], field: str = "read
         raise PayloadError(f"carries {kind or 'no value'}, expected scalars or tensor", field=field)
     if flat.size != math.prod(shape):
         raise PayloadError(f"{flat.size} values, expected {list(shape)}", field=f"{field}.{kind}")
-    with np.errstate(over="ignore"):  # a double too large becomes infinite, and is refused below
+    # A double too large becomes infinite, a signalling NaN a quiet one; both are refused below.
+    with np.errstate(over="ignore", invalid="ignore"):
         values = flat.astype(np.float32).reshape(tuple(shape))
     if not np.isfinite(values).all():
         raise PayloadError("a value is not finite", field=f"{field}.{kind}")
@@ -82,15 +92,18 @@ def reading_values(reading: SensorData, shape: Sequence[int], field: str = "read
 
 
 def check_identity(device: str, epoch: bytes, reading: SensorData, field: str = "reading") -> None:
-    """Refuse a reading that names another owner than its message, or a reference that is too long.
+    """Refuse a reading that names another owner than its message, or whose number or reference cannot be stored.
 
     Raises:
         PayloadError: naming the field.
     """
     if reading.device not in ("", device):
-        raise PayloadError(f"{reading.device!r} inside a message of {device!r}", field=f"{field}.device")
+        shown = reading.device[:_SHOWN_CHARACTERS]  # what a peer sent is quoted in the answer to it
+        raise PayloadError(f"{shown!r} inside a message of {device!r}", field=f"{field}.device")
     if reading.epoch not in (b"", epoch):
         raise PayloadError("differs from the message's epoch", field=f"{field}.epoch")
+    if reading.seq > _MAX_SEQ:
+        raise PayloadError(f"{reading.seq}, at most {_MAX_SEQ}", field=f"{field}.seq")
     if len(reading.reference.encode()) > MAX_REFERENCE_BYTES:
         raise PayloadError(f"longer than {MAX_REFERENCE_BYTES} bytes", field=f"{field}.reference")
 

@@ -277,34 +277,54 @@ def groups_left(pids):
     return left
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_whoever_ends_the_demo_ends_all_of_it(tmp_path, number):
+@pytest.fixture
+def start(tmp_path):
+    """Start `shoal demo --quick` as a process; kill what a test that fails leaves behind."""
+    started = []
+
+    def start(broker_url=None):
+        command = [sys.executable, "-c", "from fleet_console.cli import main; main()", "demo", "--quick"]
+        environment = {key: value for key, value in os.environ.items() if key != "SHOAL_BROKER"}
+        environment |= {} if broker_url is None else {"SHOAL_BROKER": broker_url}
+        pipe = subprocess.PIPE
+        started.append(
+            subprocess.Popen([*command, "--out", str(tmp_path)], stdout=pipe, stderr=pipe, text=True, env=environment)
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+    for pid in processes_of(tmp_path):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_ctrl_c_ends_all_of_it(start, tmp_path):
     """Three seconds into a run, in the middle of training: exit status 130 within five, and no process is left."""
-    command = [sys.executable, "-c", "from fleet_console.cli import main; main()", "demo", "--quick"]
-    environment = {key: value for key, value in os.environ.items() if key != "SHOAL_BROKER"}
-    demo = subprocess.Popen(
-        [*command, "--out", str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    try:
-        assert poll((tmp_path / "run" / "pids.json").exists, PATIENCE_S)
-        with pytest.raises(subprocess.TimeoutExpired):
-            demo.wait(3)
-        pids = json.loads((tmp_path / "run" / "pids.json").read_text())
-        assert {"publisher", "ingest", "trainer", "gateway", "labeller", "sensors", "cameras"} == set(pids)
-        assert set(processes_of(tmp_path)) > {*pids.values(), demo.pid}
-        demo.send_signal(number)
-        _, err = demo.communicate(timeout=STOP_S)
-        assert (demo.returncode, "Traceback" in err) == (130, False), err
-        assert poll(lambda: not processes_of(tmp_path), 1)
-        assert groups_left(pids.values()) == []
-        assert not (tmp_path / "report.json").exists()
-    finally:
-        demo.kill()
-        demo.communicate()
-        for pid in processes_of(tmp_path):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    demo = start()
+    assert poll((tmp_path / "run" / "pids.json").exists, PATIENCE_S)
+    with pytest.raises(subprocess.TimeoutExpired):
+        demo.wait(3)
+    pids = json.loads((tmp_path / "run" / "pids.json").read_text())
+    assert {"publisher", "ingest", "trainer", "gateway", "labeller", "sensors", "cameras"} == set(pids)
+    running = processes_of(tmp_path)
+    assert set(running) > {*pids.values(), demo.pid}
+    assert any("cloud.build" in words for words in running.values())
+    demo.send_signal(signal.SIGINT)
+    _, err = demo.communicate(timeout=STOP_S)
+    assert (demo.returncode, "Traceback" in err) == (130, False), err
+    assert poll(lambda: not processes_of(tmp_path), 1), processes_of(tmp_path)
+    assert groups_left(pids.values()) == []
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_sigterm_ends_it_like_ctrl_c(start, tmp_path):
+    """As `timeout` and service managers do it, here while the broker is still waited for."""
+    demo = start(f"mqtt://127.0.0.1:{free_port()}")
+    assert poll((tmp_path / "run" / "cloud" / "root.json").exists, PATIENCE_S)
+    demo.send_signal(signal.SIGTERM)
+    _, err = demo.communicate(timeout=STOP_S)
+    assert (demo.returncode, "Traceback" in err) == (130, False), err
+    assert poll(lambda: not processes_of(tmp_path), 1), processes_of(tmp_path)

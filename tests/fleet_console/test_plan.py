@@ -56,7 +56,7 @@ def test_processes_share_the_broker_and_nothing_else(config, options):
 
 
 def test_story_can_come_to_its_end(config):
-    """Both models are built here and served by the gateway; the cameras drift, get a second release, and are labelled."""
+    """Both models are built here and served by the gateway; the cameras drift, get a release, and are labelled."""
     assert [model.name for model in config.cloud.models] == config.gateway.models == [SENSORS, CAMERAS]
     assert set(TASKS) >= {SENSORS, CAMERAS}
     assert (config.sensors.kind, config.cameras.kind) == (FleetKind.SENSORS.value, FleetKind.CAMERAS.value)

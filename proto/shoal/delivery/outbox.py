@@ -31,6 +31,8 @@ CREATE TABLE IF NOT EXISTS counters (device TEXT NOT NULL, name TEXT NOT NULL, v
 CREATE TABLE IF NOT EXISTS epochs (device TEXT PRIMARY KEY, epoch BLOB NOT NULL, next_seq INTEGER NOT NULL);
 """
 
+_MAX_SEQ = (1 << 63) - 1
+
 
 class Key(NamedTuple):
     """What identifies a reading for ever."""
@@ -124,7 +126,13 @@ class Outbox:
     # -- in ----------------------------------------------------------------------------------------------------------
 
     def put(self, item: Item) -> bool:
-        """Take an item for the next commit. False when there is no room; the same key twice is taken once."""
+        """Take an item for the next commit. False when there is no room; the same key twice is taken once.
+
+        Raises:
+            ValueError: SQLite has no integer for the sequence number; it would fail every commit from now on.
+        """
+        if not 0 <= item.key.seq <= _MAX_SEQ:
+            raise ValueError(f"sequence number {item.key.seq}, expected 0 to {_MAX_SEQ}")
         if item.key in self._waiting or item.key in self._new:
             return True
         if self.room() <= 0 or self._bytes + len(item.payload) > self._limits.max_bytes:
@@ -159,21 +167,24 @@ class Outbox:
         """Make all of it durable in one transaction; return the keys that are accepted now."""
         if not self.is_dirty:
             return []
+        # A copy: a commit that fails is tried again and must not count twice.
+        counts = self._counts.copy()
         for key in self._new:
-            self._counts[key.device, "accepted"] += 1
+            counts[key.device, "accepted"] += 1
         for key, outcome in self._settled:
-            self._counts[key.device, outcome] += 1
+            counts[key.device, outcome] += 1
         with self._transaction():
+            # First what goes: the same key may have been settled and taken again since the last commit.
+            self._db.executemany(
+                "DELETE FROM items WHERE device = ? AND epoch = ? AND seq = ?", [key for key, _ in self._settled]
+            )
             self._db.executemany(
                 "INSERT INTO items (device, epoch, seq, model, payload) VALUES (?, ?, ?, ?, ?)",
                 [(*item.key, item.model, item.payload) for item in self._new.values()],
             )
             self._db.executemany(
-                "DELETE FROM items WHERE device = ? AND epoch = ? AND seq = ?", [key for key, _ in self._settled]
-            )
-            self._db.executemany(
                 "INSERT INTO counters VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET value = value + excluded.value",
-                [(device, name, by) for (device, name), by in self._counts.items()],
+                [(device, name, by) for (device, name), by in counts.items()],
             )
         accepted = list(self._new)
         for key, item in self._new.items():
@@ -262,10 +273,11 @@ class Outbox:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
-        except sqlite3.Error:
-            self._db.execute("ROLLBACK")
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:  # a full disk has rolled back already
+                self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
 
 
 def group_by_model(taken: Sequence[tuple[Item, int]]) -> dict[tuple[str, bytes, str, bool], list[Item]]:
