@@ -52,7 +52,7 @@ FULL = Sizes(
     camera_readings_after=120,
     min_new_labels=600,
     label_delay_s=3.0,
-    max_s=290.0,
+    max_s=480.0,
 )
 QUICK = Sizes(
     devices=12,
@@ -63,7 +63,7 @@ QUICK = Sizes(
     camera_readings_after=60,
     min_new_labels=500,
     label_delay_s=2.0,
-    max_s=115.0,
+    max_s=240.0,
 )
 
 
