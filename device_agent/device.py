@@ -20,7 +20,7 @@ from device_agent.change import ChangeDetector
 from device_agent.policy import Choice, PolicyConfig, UploadPolicy
 from device_agent.readings import AnsweredBy, Outcome, Reading
 from device_agent.runtime import load
-from shoal.codec import EPOCH_BYTES, MAX_PAYLOAD_BYTES
+from shoal.codec import EPOCH_BYTES, MAX_ROW_BYTES
 from shoal.commands import CommandDesk
 from shoal.delivery.outbox import Item, Key, Outbox, group_by_model
 from shoal.errors import LinkError, ModelError
@@ -40,10 +40,8 @@ log = logging.getLogger(__name__)
 _SEQ_BLOCK = 256
 # Of the retry interval: a gateway that answers "not yet" is there, and will be ready soon.
 _PATIENCE = 0.2
-# What a message holds besides its rows (names, epoch), and each row besides its own bytes.
-_HEAD_BYTES = 1024
+# What a message holds for each row besides the row's own bytes.
 _ROW_HEAD_BYTES = 8
-_MAX_ROWS_BYTES = MAX_PAYLOAD_BYTES - _HEAD_BYTES
 _REASONS = {
     Choice.ASK_SCORE: pb.ASK_REASON_SCORE,
     Choice.ASK_NO_MODEL: pb.ASK_REASON_NO_MODEL,
@@ -196,7 +194,7 @@ class Device:
         row = pb.InferenceRow(reading=data, reason=_REASONS[choice], device_answer=answer)
         key = Key(self.config.node, self._epoch, seq)
         item = Item(key, self.config.model, row.SerializeToString())
-        if _size(item) > _MAX_ROWS_BYTES:
+        if _size(item) > MAX_ROW_BYTES:
             log.error("reading too large to ask node=%s seq=%d bytes=%d", self.config.node, seq, len(item.payload))
             self._turn_away("quarantined")
         elif self._outbox.put(item):
@@ -370,11 +368,11 @@ def _size(item: Item) -> int:
 def _split(items: Sequence[Item]) -> Iterator[list[Item]]:
     """Split what is too large for one message; each item fits alone."""
     part: list[Item] = []
-    room = _MAX_ROWS_BYTES
+    room = MAX_ROW_BYTES
     for item in items:
         if part and _size(item) > room:
             yield part
-            part, room = [], _MAX_ROWS_BYTES
+            part, room = [], MAX_ROW_BYTES
         part.append(item)
         room -= _size(item)
     yield part

@@ -56,15 +56,22 @@ class TfliteRuntime:
         return tuple(int(size) for size in self._input["shape"][1:])
 
     def run(self, inputs: NDArray[Any]) -> NDArray[Any]:
-        """Answer scaled float32 rows (n, *shape) with float32 outputs (n, ...), one invocation each."""
+        """Answer scaled float32 rows (n, *shape) with float32 outputs (n, ...), one invocation each.
+
+        Raises:
+            ModelError: a row has another shape, or the runtime failed on it.
+        """
         return np.concatenate([self._invoke(inputs[row : row + 1]) for row in range(len(inputs))])
 
     def _invoke(self, row: NDArray[np.float32]) -> NDArray[np.float32]:
         details = self._input
         if row.shape[1:] != self.input_shape:
             raise ModelError(f"input {list(row.shape[1:])}, the model takes {list(self.input_shape)}")
-        self._interpreter.set_tensor(details["index"], _quantized(row, details))
-        self._interpreter.invoke()
+        try:
+            self._interpreter.set_tensor(details["index"], _quantized(row, details))
+            self._interpreter.invoke()
+        except (ValueError, RuntimeError) as exc:
+            raise ModelError(f"inference failed: {exc}") from exc
         return _dequantized(self._interpreter.get_tensor(self._output["index"]), self._output)
 
 

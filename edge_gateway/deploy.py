@@ -13,7 +13,7 @@ from typing import Self
 import numpy as np
 
 from edge_gateway import engine
-from edge_gateway.gateway import Gateway, GatewayConfig
+from edge_gateway.gateway import MAX_WAITING_ROWS, Gateway, GatewayConfig
 from edge_gateway.service import SESSION_EXPIRY_S, drive, open_link
 from shoal.delivery.outbox import Outbox
 from shoal.errors import LinkError, ModelError
@@ -37,6 +37,11 @@ class Deploy:
         model: an ONNX file with one float32 input and one 2-D output; its stem, made an id, is the model's name.
         devices: whom to serve; empty means every device of the site.
         max_batch_size: rows of one model call.
+
+    Raises:
+        PayloadError: a name is not an id.
+        ConfigError: the broker's address is none.
+        ValueError: the batch size or delay cannot be.
     """
 
     def __init__(
@@ -50,6 +55,10 @@ class Deploy:
         name: str = "gw-local",
         max_delay_ms: float = 0.0,
     ) -> None:
+        for key, text in ("site", site), ("name", name), *(("devices", device) for device in devices):
+            parse_id(text, key)
+        if not 0 < max_batch_size <= MAX_WAITING_ROWS or not max_delay_ms >= 0:
+            raise ValueError(f"max_batch_size {max_batch_size}, max_delay_ms {max_delay_ms}")
         self._path = Path(model)
         self.model = model_id(self._path.stem)
         self._link_config = parse_broker_url(broker, session_expiry_s=SESSION_EXPIRY_S)

@@ -44,12 +44,11 @@ class Forwarder:
         self._next_at = now + self._linger_s
         while self._link.room() > 0:
             taken = [item for item, _ in self._outbox.take(now, _MAX_SAMPLES, self._retry_after_s)]
-            for items in _split(taken):
-                self._send(items, now)
-            if len(taken) < _MAX_SAMPLES:
+            sent = [self._send(items, now) for items in _split(taken)]
+            if not all(sent) or len(taken) < _MAX_SAMPLES:
                 return
 
-    def _send(self, items: list[Item], now: float) -> None:
+    def _send(self, items: list[Item], now: float) -> bool:
         keys = [item.key for item in items]
 
         def done(error: LinkError | None) -> None:
@@ -60,8 +59,10 @@ class Forwarder:
                 log.error("samples refused node=%s samples=%d error=%s", self._node, len(keys), error)
 
         batch = SampleBatch(gateway=self._node, groups=_grouped(items))
-        if not self._link.publish(Route.SAMPLE, batch, on_done=done, site=self._site, node=self._node):
+        sent = self._link.publish(Route.SAMPLE, batch, on_done=done, site=self._site, node=self._node)
+        if not sent:
             self._outbox.make_due(keys, now)
+        return sent
 
     def _on_ack(self, delivery: Delivery) -> None:
         ack = delivery.message

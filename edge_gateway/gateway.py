@@ -34,6 +34,8 @@ from shoal.v1.release_pb2 import ReleaseSpec, Tier
 
 log = logging.getLogger(__name__)
 
+MAX_WAITING_ROWS = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class GatewayConfig:
@@ -44,7 +46,8 @@ class GatewayConfig:
         devices: whom it serves; empty means every device of the site, shared with the gateways that serve the same.
         max_batch_size: rows of one model call.
         max_delay_s: how long a first row may wait for company; 0 runs whatever the socket has drained.
-        max_waiting: rows in all queues of one model; above it the answer is RESOURCE_EXHAUSTED.
+        max_waiting: rows in all queues of one model; above it the answer is RESOURCE_EXHAUSTED. Requests without their
+            reply too; above it they are dropped and counted.
     """
 
     site: str
@@ -53,7 +56,7 @@ class GatewayConfig:
     devices: Sequence[str] = ()
     max_batch_size: int = 32
     max_delay_s: float = 0.0
-    max_waiting: int = 4096
+    max_waiting: int = MAX_WAITING_ROWS
     cache: CacheConfig = field(default_factory=CacheConfig)
     state_interval_s: float = 60.0
     sample_linger_s: float = 0.5
@@ -130,6 +133,11 @@ class Gateway:
         if not isinstance(request, pb.InferenceRequest):
             raise PayloadError("empty", field="payload")
         check_request(request, delivery.address, delivery.response_topic)
+        if len(self._open) >= self.config.max_waiting:
+            # Only QoS 0 gets here: it knows no receive-maximum, and is sent again.
+            self.counters["requests.dropped"] += 1
+            delivery.ack()
+            return
         self.counters["requests"] += 1
         now = self._clock()
         opened = open_request(request, delivery.address, delivery.correlation, now)

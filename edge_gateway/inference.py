@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from edge_gateway.cache import AnswerCache
 from edge_gateway.requests import Row, refusal
 from shoal.delivery.outbox import Item, Key
-from shoal.errors import ModelError
+from shoal.errors import ModelError, PayloadError
 from shoal.release.selftest import Runtime
 from shoal.scoring import scale, score_rows
 from shoal.v1 import inference_pb2 as pb
@@ -42,8 +42,9 @@ class Answered:
 def run_batch(model: ServedModel, rows: list[Row], cache: AnswerCache, counters: Counter[str]) -> list[Answered]:
     """Answer rows, from the cache where it can, the others in one model call.
 
-    A row whose model fails is settled INTERNAL here and is not in the result.
+    A row that the model cannot answer is settled here and is not in the result; it spoils no other row's answer.
     """
+    rows = [row for row in rows if _fits(model, row)]
     answers: dict[int, pb.Answer] = {}
     missing: list[int] = []
     digest = model.artefact.sha256
@@ -55,25 +56,49 @@ def run_batch(model: ServedModel, rows: list[Row], cache: AnswerCache, counters:
         else:
             answers[index] = pb.Answer(release=model.spec.release, score=found.score, label=found.label)
     if missing:
-        try:
-            fresh = _infer(model, np.stack([rows[index].values for index in missing]))
-        except ModelError as exc:
-            counters["model_errors"] += 1
-            for index in missing:
-                rows[index].settle(refusal(rows[index].seq, pb.STATUS_INTERNAL, str(exc)))
-            fresh = []
-        for index, answer in zip(missing, fresh, strict=False):
+        fresh = _infer_apart(model, [rows[index] for index in missing], counters)
+        for index, answer in zip(missing, fresh, strict=True):
+            if answer is None:
+                continue
             answers[index] = answer
+            counters["rows.inferred"] += 1
             if keys[index]:
                 label = answer.label if answer.HasField("label") else None
                 cache.put(digest, keys[index], answer.score, label)
-        counters["rows.inferred"] += len(fresh)
     return [Answered(rows[index], answer, _sample(model, rows[index], answer)) for index, answer in answers.items()]
 
 
+def _fits(model: ServedModel, row: Row) -> bool:
+    """False, and settled, where the row was unpacked for a release that has been replaced by one of another shape."""
+    if row.values.shape == model.shape:
+        return True
+    row.settle(refusal(row.seq, pb.STATUS_INTERNAL, "the model was replaced while this waited: ask again"))
+    return False
+
+
+def _infer_apart(model: ServedModel, rows: list[Row], counters: Counter[str]) -> list[pb.Answer | None]:
+    """Answer rows in one call; where that fails, each half for itself, down to the row at fault."""
+    try:
+        return [*_infer(model, np.stack([row.values for row in rows]))]
+    except (ModelError, PayloadError) as exc:
+        if len(rows) > 1:
+            half = len(rows) // 2
+            return [*_infer_apart(model, rows[:half], counters), *_infer_apart(model, rows[half:], counters)]
+        counters["model_errors"] += 1
+        status = pb.STATUS_INTERNAL
+        name = ""
+        if isinstance(exc, PayloadError):
+            status, name = pb.STATUS_INVALID_ARGUMENT, f"rows[{rows[0].index}].reading"
+        rows[0].settle(refusal(rows[0].seq, status, str(exc), name))
+        return [None]
+
+
 def _infer(model: ServedModel, values: NDArray[np.float32]) -> list[pb.Answer]:
-    scaled = scale(values, model.spec.input)
-    scores = score_rows(model.spec.score, scaled, model.runtime.run(scaled))
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused
+        scaled = scale(values, model.spec.input)
+        if not np.isfinite(scaled).all():
+            raise PayloadError("a value is too large for the model's scale")
+        scores = score_rows(model.spec.score, scaled, model.runtime.run(scaled))
     labels = [None] * len(values) if scores.labels is None else scores.labels.tolist()
     return [
         pb.Answer(release=model.spec.release, score=score, label=label)

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.errors import PayloadError
+from shoal.codec import MAX_ROW_BYTES
+from shoal.errors import MAX_MESSAGE_CHARS, PayloadError
+from shoal.ids import parse_id
 from shoal.routes import Address, Route, topic
 from shoal.tensors import check_epoch, check_identity, reading_values
 from shoal.v1 import inference_pb2 as pb
@@ -64,6 +66,7 @@ def check_request(request: pb.InferenceRequest, sender: Address, response_topic:
     if request.device != sender.node:
         raise PayloadError(f"{request.device!r} on the topic of {sender.node!r}", field="device")
     check_epoch(request.epoch)
+    parse_id(request.model, "model")
     if not request.rows:
         raise PayloadError("no rows", field="rows")
     derived = topic(Route.REPLY, site=sender.site, node=sender.node)
@@ -93,6 +96,7 @@ def parse_rows(opened: OpenRequest, rows: list[pb.InferenceRow], shape: tuple[in
     for index, question in enumerate(rows):
         where = f"rows[{index}].reading"
         try:
+            _check_size(question, f"rows[{index}]")
             check_identity(opened.device, opened.epoch, question.reading, where)
             good.append(Row(opened, index, question, reading_values(question.reading, shape, where)))
         except PayloadError as exc:
@@ -106,4 +110,11 @@ def refuse_all(opened: OpenRequest, rows: list[pb.InferenceRow], status: pb.Stat
 
 
 def refusal(seq: int, status: pb.Status, message: str, name: str = "") -> pb.RowReply:
-    return pb.RowReply(seq=seq, status=status, field=name, message=message)
+    return pb.RowReply(seq=seq, status=status, field=name, message=message[:MAX_MESSAGE_CHARS])
+
+
+def _check_size(question: pb.InferenceRow, field: str) -> None:
+    """As a sample it must still fit one message, whatever fields of a newer schema it carries."""
+    size_bytes = question.ByteSize()
+    if size_bytes > MAX_ROW_BYTES:
+        raise PayloadError(f"{size_bytes} bytes, at most {MAX_ROW_BYTES}", field=field)

@@ -3,15 +3,18 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from edge_gateway.cache import CacheConfig
 from edge_gateway.engine import runtime_name
-from edge_gateway.gateway import Gateway, GatewayConfig
+from edge_gateway.gateway import MAX_WAITING_ROWS, Gateway, GatewayConfig
 from shoal.config import BrokerSettings, link_config
 from shoal.delivery.outbox import Limits, Outbox
-from shoal.errors import ConfigError
+from shoal.errors import ConfigError, PayloadError
+from shoal.ids import parse_id
 from shoal.link import Link
 from shoal.link_config import LinkConfig, node_identity
 from shoal.loop import Loop
@@ -19,11 +22,16 @@ from shoal.release.client import UpdateClient
 from shoal.release.offer import NodeModel
 from shoal.release.selftest import ChildSelfTest
 from shoal.release.trust import TrustStore
+from shoal.state import MAX_INTERVAL_S
 from shoal.v1.release_pb2 import Tier
 
 _TICK_S = 0.05
 # What a gateway missed while it was away is sent again by the devices: no session.
 SESSION_EXPIRY_S = 0
+
+# Checked while the file is read, so that the message names the key.
+_NotNegative = Annotated[float, Meta(ge=0)]
+_Count = Annotated[int, Meta(gt=0)]
 
 
 class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -31,20 +39,20 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     site: str
     node: str
-    models: list[str]
+    models: Annotated[list[str], Meta(min_length=1)]
     data_dir: str
     trusted_root: str
     broker: BrokerSettings = msgspec.field(default_factory=BrokerSettings)
     devices: list[str] = []
-    max_batch_size: int = 32
-    max_delay_ms: float = 0.0
-    cache_bytes: int = 16 << 20
-    outbox_items: int = 200_000
-    outbox_bytes: int = 1 << 30
-    state_interval_s: float = 60.0
-    sample_linger_s: float = 0.5
-    retry_after_s: float = 10.0
-    probation_s: float = 10.0
+    max_batch_size: Annotated[int, Meta(gt=0, le=MAX_WAITING_ROWS)] = 32
+    max_delay_ms: _NotNegative = 0.0
+    cache_bytes: Annotated[int, Meta(ge=0)] = 16 << 20
+    outbox_items: _Count = 200_000
+    outbox_bytes: _Count = 1 << 30
+    state_interval_s: Annotated[float, Meta(gt=0, le=MAX_INTERVAL_S)] = 60.0
+    sample_linger_s: _NotNegative = 0.5
+    retry_after_s: Annotated[float, Meta(gt=0)] = 10.0
+    probation_s: _NotNegative = 10.0
 
     def gateway_config(self) -> GatewayConfig:
         return GatewayConfig(
@@ -65,17 +73,14 @@ def run(settings: GatewaySettings) -> None:
     """Serve until SIGINT or SIGTERM.
 
     Raises:
-        ConfigError: a file that the settings name is missing.
+        ConfigError: a file that the settings name is missing or unusable, or a name is not an id.
     """
-    directory = Path(settings.data_dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        root = Path(settings.trusted_root).read_bytes()
-    except OSError as exc:
-        raise ConfigError(f"trusted_root {settings.trusted_root}: {exc.strerror}") from exc
+    _check_names(settings)
+    root = _read_root(settings)
+    directory = _make_directory(settings)
+    link = open_link(link_config(settings.broker, session_expiry_s=SESSION_EXPIRY_S), settings.site, settings.node)
     loop = Loop()
     rng = random.SystemRandom()
-    link = open_link(link_config(settings.broker, session_expiry_s=SESSION_EXPIRY_S), settings.site, settings.node)
     outbox = Outbox(directory / "outbox.sqlite", Limits(settings.outbox_items, settings.outbox_bytes))
     gateway = Gateway(settings.gateway_config(), link, outbox, rng=rng, clock=loop.clock)
     updates = UpdateClient(
@@ -97,6 +102,33 @@ def run(settings: GatewaySettings) -> None:
     finally:
         updates.close()
         outbox.close()
+
+
+def _check_names(settings: GatewaySettings) -> None:
+    names = [("site", settings.site), ("node", settings.node)]
+    names += [("models", model) for model in settings.models]
+    names += [("devices", device) for device in settings.devices]
+    try:
+        for key, name in names:
+            parse_id(name, key)
+    except PayloadError as exc:
+        raise ConfigError(str(exc)) from exc
+
+
+def _read_root(settings: GatewaySettings) -> bytes:
+    try:
+        return Path(settings.trusted_root).read_bytes()
+    except OSError as exc:
+        raise ConfigError(f"trusted_root {settings.trusted_root}: {exc.strerror}") from exc
+
+
+def _make_directory(settings: GatewaySettings) -> Path:
+    directory = Path(settings.data_dir)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError(f"data_dir {settings.data_dir}: {exc.strerror}") from exc
+    return directory
 
 
 def open_link(config: LinkConfig, site: str, node: str) -> Link:

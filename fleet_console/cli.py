@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -88,8 +87,6 @@ def broker(
 ) -> None:
     """Run an MQTT 5 broker on loopback for trying Shoal: Mosquitto if it is installed, otherwise the embedded one."""
     chosen = _kind(kind) or choose_kind()
-    # The broker has a session of its own: whoever ends this politely ends it too, as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     Console(stderr=True).print(
         Text(f"{chosen.value} on mqtt://127.0.0.1:{port}, files in {directory}; Ctrl-C ends it"), soft_wrap=True
     )

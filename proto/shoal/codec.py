@@ -11,6 +11,8 @@ MAX_PAYLOAD_BYTES = 1 << 20
 # 1 MiB of protobuf can hold 524,288 empty rows; parsing them is what would hurt.
 MAX_ROWS = 256
 MAX_REFERENCE_BYTES = 64
+# What a row may take of a message: the rest is for names, and for the answers that the gateway adds on the way up.
+MAX_ROW_BYTES = MAX_PAYLOAD_BYTES - 1024
 EPOCH_BYTES = 16
 
 CONTENT_TYPE = "application/x-protobuf"

@@ -13,6 +13,7 @@ from shoal.v1 import command_pb2 as pb
 
 # A command repeated by QoS 1 is answered from memory; older ones have expired by any sane expiry.
 _REMEMBERED = 256
+_MAX_ID_BYTES = 64
 
 # Does what the action asks and returns a sentence about it; raises PayloadError to refuse.
 Action = Callable[[Any], str]
@@ -39,8 +40,8 @@ class CommandDesk:
 
     def _on_command(self, delivery: Delivery) -> None:
         command = delivery.message
-        if not isinstance(command, pb.Command) or not command.id:
-            raise PayloadError("a command without an id cannot be answered", field="id")
+        if not isinstance(command, pb.Command) or not 0 < len(command.id) <= _MAX_ID_BYTES:
+            raise PayloadError(f"a command without an id of 1 to {_MAX_ID_BYTES} bytes cannot be answered", field="id")
         if command.id not in self._done:
             self._done[command.id] = self.obey(command)
             if len(self._done) > _REMEMBERED:

@@ -3,6 +3,9 @@
 Misuse by our own code is `ValueError` or `RuntimeError` and is never caught.
 """
 
+# 256 rows with a message each must fit one reply.
+MAX_MESSAGE_CHARS = 300
+
 
 class ShoalError(Exception):
     """The root of them all; caught only where a role reports to people."""
@@ -11,12 +14,14 @@ class ShoalError(Exception):
 class PayloadError(ShoalError):
     """A peer sent bytes that cannot be used: count it, answer it, go on.
 
+    The message goes back to that peer and may quote it, so it is cut at `MAX_MESSAGE_CHARS`.
+
     Attributes:
         field: path of the offending field, as the schema spells it; empty when the whole message is at fault.
     """
 
     def __init__(self, message: str, *, field: str = "") -> None:
-        super().__init__(f"{field}: {message}" if field else message)
+        super().__init__((f"{field}: {message}" if field else message)[:MAX_MESSAGE_CHARS])
         self.field = field
 
 

@@ -15,6 +15,5 @@ def parse_id(text: str, field: str) -> str:
         PayloadError: it is not; `field` is named.
     """
     if not _ID.fullmatch(text):
-        # Shortened: what a peer sent is quoted in the answer to it.
-        raise PayloadError(f"{text[:64]!r} is not an id ([a-z0-9][a-z0-9_-]{{0,62}})", field=field)
+        raise PayloadError(f"{text!r} is not an id ([a-z0-9][a-z0-9_-]{{0,62}})", field=field)
     return text

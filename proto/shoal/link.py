@@ -149,9 +149,9 @@ class Link:
         Raises:
             ValueError: the message is not what the route carries, or too large.
         """
+        spec = ROUTES[route]
         if self._client is None or self.room() <= 0:
             return False
-        spec = ROUTES[route]
         payload = message if isinstance(message, bytes) else encode(message)
         if message != b"" and (spec.message or bytes) is not type(message):
             raise ValueError(f"{route} carries {spec.message or bytes}, not {type(message)}")
@@ -180,7 +180,8 @@ class Link:
             self._publish_presence(client, online=False)
             client.disconnect()
             deadline = time.monotonic() + _GOODBYE_S
-            while client.want_write() and time.monotonic() < deadline:
+            # A line that is gone takes nothing more, and its last packets stay wanted for ever.
+            while client.socket() is not None and client.want_write() and time.monotonic() < deadline:
                 client.loop_write()
         client.on_disconnect = None
         client._sock_close()  # noqa: SLF001  paho has no public way to close without a DISCONNECT

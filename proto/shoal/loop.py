@@ -18,6 +18,9 @@ from typing import Protocol
 
 Callback = Callable[[float], None]
 
+# More than any receive-maximum of ours: what a peer may send at once is still one round for the idle hooks.
+_MAX_BUSY_ROUNDS = 256
+
 
 class Socket(Protocol):
     """What a selector needs of a socket."""
@@ -92,7 +95,7 @@ class Loop:
         return timer
 
     def on_idle(self, hook: Callback) -> None:
-        """Call `hook` each time every socket is drained, before the loop sleeps."""
+        """Call `hook` each time every socket is drained, before the loop sleeps, and now and then in a flood."""
         self._idle_hooks.append(hook)
 
     def wake(self) -> None:
@@ -109,12 +112,16 @@ class Loop:
 
     def run(self, until: Callable[[], bool] = lambda: False) -> None:
         """Serve until `stop()` is called or `until()` is true."""
+        busy_rounds = 0
         while not self._stopping and not until():
             ready = self._selector.select(0)
-            if not ready:
+            busy_rounds += 1
+            if not ready or busy_rounds > _MAX_BUSY_ROUNDS:
+                busy_rounds = 0
                 now = self.clock()
                 for hook in self._idle_hooks:
                     hook(now)
+            if not ready:
                 ready = self._selector.select(self._patience_s())
             for key, events in ready:
                 self._serve(key, events)
@@ -158,8 +165,11 @@ class Loop:
 
     def _run_timers(self) -> None:
         now = self.clock()
+        # First all of them: a callback that asks to be called at once must not keep the sockets waiting.
+        due = []
         while self._timers and self._timers[0].when <= now:
-            timer = heapq.heappop(self._timers)
+            due.append(heapq.heappop(self._timers))
+        for timer in due:
             if not timer.cancelled:
                 timer.callback(now)
 

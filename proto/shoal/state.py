@@ -50,7 +50,7 @@ class StateReporter:
         return self._due is None
 
     def tick(self, now: float) -> None:
-        if self._due is not None and now < self._due:
+        if not self._link.connected or (self._due is not None and now < self._due):
             return
         if self._publish():
             # Half to all of the interval: nodes that came back together do not stay together.

@@ -28,7 +28,6 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAX_DIMENSIONS = 8
 # The wire has 64 bits; SQLite, which every store is, has 63 and a sign.
 _MAX_SEQ = (1 << 63) - 1
-_SHOWN_CHARACTERS = 64
 
 
 def to_tensor(array: NDArray[Any]) -> pb.Tensor:
@@ -98,8 +97,7 @@ def check_identity(device: str, epoch: bytes, reading: SensorData, field: str = 
         PayloadError: naming the field.
     """
     if reading.device not in ("", device):
-        shown = reading.device[:_SHOWN_CHARACTERS]  # what a peer sent is quoted in the answer to it
-        raise PayloadError(f"{shown!r} inside a message of {device!r}", field=f"{field}.device")
+        raise PayloadError(f"{reading.device!r} inside a message of {device!r}", field=f"{field}.device")
     if reading.epoch not in (b"", epoch):
         raise PayloadError("differs from the message's epoch", field=f"{field}.epoch")
     if reading.seq > _MAX_SEQ:

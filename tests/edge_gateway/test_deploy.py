@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 import edge_gateway
 from edge_gateway.deploy import local_release, model_id
-from shoal.errors import LinkError, ModelError
+from shoal.errors import LinkError, ModelError, PayloadError
 from shoal.link import Link
 from shoal.link_config import node_identity, parse_broker_url
 from shoal.loop import Loop
@@ -90,6 +90,22 @@ def test_it_says_when_there_is_no_broker(tmp_path, monkeypatch):
     with pytest.raises(LinkError, match="broker"):
         service.start()
     assert service._thread is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "named"),
+    [
+        ({"site": "Plant"}, PayloadError, "site"),
+        ({"name": "gw 1"}, PayloadError, "name"),
+        ({"devices": ["cam01", "+"]}, PayloadError, "devices"),
+        ({"max_batch_size": 0}, ValueError, "max_batch_size 0"),
+        ({"max_delay_ms": -1.0}, ValueError, "max_delay_ms -1.0"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused_where_they_are_given(arguments, error, named):
+    """Not in a thread, ten seconds later."""
+    with pytest.raises(error, match=named):
+        edge_gateway.Deploy("m.onnx", **arguments)
 
 
 def test_what_cannot_be_served_is_said(tmp_path):

@@ -1,6 +1,7 @@
 """The whole gateway over a real broker: questions in, answers out, promises kept."""
 
 import random
+import socket
 from dataclasses import replace
 
 import numpy as np
@@ -9,31 +10,31 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from edge_gateway import engine
 from edge_gateway.gateway import Gateway, GatewayConfig, serving_group
-from shoal.codec import encode
-from shoal.delivery.outbox import Limits, Outbox
-from shoal.errors import ModelError
+from shoal.codec import MAX_ROW_BYTES, encode
+from shoal.delivery.outbox import Key, Limits, Outbox
+from shoal.inbox import Delivery
 from shoal.link import Link
 from shoal.link_config import node_identity, parse_broker_url
 from shoal.loop import Loop
-from shoal.routes import Route, topic
+from shoal.routes import Address, Route, topic
 from shoal.v1 import inference_pb2 as pb
 from shoal.v1 import release_pb2
 from shoal.v1.sample_pb2 import SampleAck, SampleAckGroup
 from shoal.v1.sensor_pb2 import Scalars, SensorData
+from shoal.v1.tensor_pb2 import D_TYPE_FLOAT32, Tensor
 
 _PATIENCE_S = 10.0
 _EPOCH = b"e" * 16
 
 
-def linear(path, factor=1.0, batch="n"):
-    """Two inputs times a factor, as an ONNX file."""
+def linear(path, factor=1.0, width=2):
+    """Some inputs times a factor, as an ONNX file."""
     graph = helper.make_graph(
         [helper.make_node("Mul", ["x", "k"], ["y"])],
         "linear",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 2])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, 2])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", width])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", width])],
         [helper.make_tensor("k", TensorProto.FLOAT, [1], [factor])],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
@@ -278,22 +279,159 @@ def test_equal_gateways_share_a_group_and_others_do_not():
     assert serving_group(["a"], ["b"]) != serving_group(["a", "b"], [])
 
 
-@pytest.mark.parametrize("batch", ["n", 1])
-def test_engine_takes_free_and_single_batches(tmp_path, batch):
-    """A model that takes one row at a time is given one row at a time."""
-    runtime = engine.load(linear(tmp_path / "m.onnx", 2.0, batch))
-    rows = np.arange(6, dtype=np.float32).reshape(3, 2)
-    np.testing.assert_array_equal(runtime.run(rows), rows * 2)
-    assert runtime.input_shape == (2,)
+# -- what a hostile or broken peer sends --------------------------------------------------------------------------
 
 
-def test_engine_says_why_it_refuses(tmp_path):
-    """A fixed batch, and bytes that are no model."""
-    with pytest.raises(ModelError, match="free batch or 1"):
-        engine.load(linear(tmp_path / "m.onnx", 1.0, 4))
-    (tmp_path / "rubbish.onnx").write_bytes(b"not a model")
-    with pytest.raises(ModelError, match=r"rubbish\.onnx"):
-        engine.load(tmp_path / "rubbish.onnx")
+def padded(size_bytes):
+    """A reading with a field of a newer schema, so large that its sample would not fit one message."""
+    return SensorData.FromString(
+        SensorData(seq=1, scalars=Scalars(values=[1.0, 1.0])).SerializeToString()
+        + b"\xa2\x06"  # field 100, length-delimited
+        + _varint(size_bytes)
+        + bytes(size_bytes)
+    )
+
+
+def _varint(value):
+    return pb.RowReply(seq=value).SerializeToString()[1:]
+
+
+def tensor_of(*shape):
+    return SensorData(seq=1, tensor=Tensor(dtype=D_TYPE_FLOAT32, shape=shape))
+
+
+@pytest.mark.parametrize(
+    ("reading", "fields", "field"),
+    [
+        (padded((1 << 20) - 200), {}, "rows[0]"),
+        (SensorData(seq=1 << 63, scalars=Scalars(values=[1.0, 1.0])), {}, "rows[0].reading.seq"),
+        (SensorData(seq=1, device="x" * 900_000), {}, "rows[0].reading.device"),
+        (tensor_of(0, *[(1 << 32) - 1] * 3), {}, "rows[0].reading.tensor.shape"),
+        (tensor_of(*[1 << 31] * 4), {}, "rows[0].reading.tensor.data"),
+        (SensorData(), {"device": "\0" * 900_000}, "device"),
+        (SensorData(), {"model": "\0" * 900_000}, "model"),
+        (SensorData(), {"model": ""}, "model"),
+        (SensorData(), {"epoch": b"e" * 900_000}, "epoch"),
+    ],
+    ids=["padded", "seq", "row-device", "shape-0", "shape-product", "device", "model", "no-model", "epoch"],
+)
+def test_hostile_request_is_answered_by_name_and_has_no_other_effect(site, reading, fields, field):
+    """The gateway goes on, promises nothing, and its answer quotes no more than fits."""
+    rows = [pb.InferenceRow(reading=reading, reason=pb.ASK_REASON_AUDIT)]
+    hostile = pb.InferenceRequest(**{"device": "cam", "epoch": _EPOCH, "model": "digits", "rows": rows, **fields})
+    assert site.device.publish(Route.INFER, hostile, site=site.name, node="cam")
+    site.ask((7, 0.0, 9.0))
+    refused, answered = site.answers(2)
+    assert (refused.status, refused.field) == (pb.STATUS_INVALID_ARGUMENT, field)
+    assert (answered.seq, answered.status) == (7, pb.STATUS_OK)
+    assert refused.ByteSize() < 2000
+    assert site.outbox.in_flight == 0
+
+
+def test_many_rows_of_long_refusals_fit_one_reply(site):
+    """Each row's message is bounded, and so is the reply."""
+    long = pb.InferenceRow(reading=SensorData(device="\0" * 3000))
+    request = pb.InferenceRequest(device="cam", epoch=_EPOCH, model="digits", rows=[long] * 256)
+    assert site.device.publish(Route.INFER, request, site=site.name, node="cam")
+    assert {item.status for item in site.answers(256)} == {pb.STATUS_INVALID_ARGUMENT}
+
+
+def test_row_that_breaks_the_model_spoils_no_other_row_of_its_batch(make_site, tmp_path):
+    """One device's absurd value costs the others nothing."""
+    site = make_site()
+    site.gateway.activate("digits", release(1), linear(tmp_path / "m.onnx", 10.0))
+    site.start()
+    site.ask((1, 0.0, 1.0), (2, 3e38, 1.0), (3, 0.0, 1.0))
+    assert {item.seq: item.status for item in site.answers(3)} == {
+        1: pb.STATUS_OK,
+        2: pb.STATUS_INTERNAL,
+        3: pb.STATUS_OK,
+    }
+    assert site.gateway.counters["model_errors"] == 1
+
+
+def test_largest_reading_that_is_taken_reaches_the_cloud(site):
+    """What fits a question fits a sample, with both answers and all names."""
+    rows = [pb.InferenceRow(reading=padded(MAX_ROW_BYTES - 100), reason=pb.ASK_REASON_AUDIT)]
+    request = pb.InferenceRequest(device="cam", epoch=_EPOCH, model="digits", rows=rows)
+    assert site.device.publish(Route.INFER, request, site=site.name, node="cam")
+    assert site.answers(1)[0].sample_promised
+    site.until(lambda: site.samples)
+    assert site.samples[0].groups[0].samples[0].reading.seq == 1
+
+
+def test_release_of_another_shape_swapped_in_under_waiting_rows_stops_nothing(make_site, tmp_path):
+    """They were unpacked for the old one: their devices ask again, new rows are answered."""
+    site = make_site(max_delay_s=0.2)
+    site.gateway.activate("digits", release(1), linear(tmp_path / "m.onnx"))
+    site.start()
+    site.ask((1, 0.0, 1.0))
+    site.until(lambda: site.gateway.counters["requests"] == 1)
+    wide = release(2)
+    wide.input.shape[:] = [3]
+    site.gateway.activate("digits", wide, linear(tmp_path / "wide.onnx", width=3))
+    site.ask((2, 0.0, 0.0, 1.0))
+    site.until(lambda: site.gateway.counters["requests"] == 2)
+    site.gateway.flush(site.loop.clock() + 1.0)
+    assert {item.seq: (item.status, item.answer.release) for item in site.answers(2)} == {
+        1: (pb.STATUS_INTERNAL, 0),
+        2: (pb.STATUS_OK, 2),
+    }
+
+
+def test_question_between_the_clouds_ack_and_its_commit_is_promised_again(site):
+    """Its sample left the books and comes back onto them in one and the same commit."""
+    site.ask((1, 1.0, 1.0))
+    site.answers(1)
+    site.until(lambda: site.samples)
+    assert site.outbox.settle(Key("cam", _EPOCH, 1), "samples.stored")
+    site.ask((1, 1.0, 1.0))
+    site.until(lambda: len(site.replies) == 2)
+    assert site.replies[1].rows[0].sample_promised
+    assert site.outbox.in_flight == 1
+    assert (site.outbox.counters()["accepted"], site.outbox.counters()["samples.stored"]) == (2, 1)
+
+
+def test_acknowledgement_follows_the_reply(site, monkeypatch):
+    """While a reply finds no room its question stays the broker's, and receive-maximum holds the flood back."""
+    acked = []
+    real = site.gateway.link._send_ack
+    monkeypatch.setattr(
+        site.gateway.link, "_send_ack", lambda client, number: (acked.append(len(site.replies)), real(client, number))
+    )
+    site.gateway.link._client.disconnect()
+    site.until(lambda: site.gateway.link.counters["connects"] == 2)
+    site.until(lambda: site.gateway.link.is_subscribed)
+    monkeypatch.setattr(site.gateway.link, "_window", 0)
+    site.ask((1, 0.0, 1.0))
+    site.until(lambda: site.gateway.counters["requests"] == 1)
+    site.gateway.flush(site.loop.clock())
+    assert (acked, site.replies) == ([], [])
+    monkeypatch.setattr(site.gateway.link, "_window", 10)
+    site.answers(1)
+    assert len(acked) == 1
+
+
+def test_requests_without_acknowledgement_are_bounded_too(make_site):
+    """QoS 0 knows no receive-maximum: what waits for its reply is counted and cut."""
+    site = make_site(max_batch_size=1, max_waiting=2)
+    acks = []
+    request = pb.InferenceRequest(device="cam", epoch=_EPOCH, model="digits", rows=[row(1, 0.0, 1.0)])
+    address = Address(Route.INFER, site=site.name, node="cam")
+    for _ in range(3):
+        site.gateway._on_request(Delivery(address, b"", request, False, b"", "", lambda: acks.append(1)))
+    assert (site.gateway.counters["requests"], site.gateway.counters["requests.dropped"], len(acks)) == (2, 1, 1)
+
+
+def test_broken_link_loses_no_other_devices_questions(site):
+    """Replies that found no connection are counted; the device asks again and is answered."""
+    site.ask((1, 0.0, 1.0))
+    site.until(lambda: site.gateway.counters["requests"] == 1 or site.replies)
+    site.gateway.link._client.socket().shutdown(socket.SHUT_RDWR)
+    site.until(lambda: site.gateway.link.counters["connects"] == 2 and site.gateway.link.is_subscribed)
+    site.ask((2, 0.0, 1.0))
+    site.until(lambda: any(reply.rows[0].seq == 2 for reply in site.replies))
+    assert not site.gateway._open
 
 
 def test_messages_stay_below_the_limit():

@@ -123,6 +123,8 @@ def request(*rows, **fields):
         (request(row(1, 1.0), device="other"), "", "device"),
         (request(row(1, 1.0), epoch=b"short"), "", "epoch"),
         (request(), "", "rows"),
+        (request(row(1, 1.0), model=""), "", "model"),
+        (request(row(1, 1.0), model="No Id"), "", "model"),
         (request(row(1, 1.0)), "shoal/v1/down/a/other/reply", "response_topic"),
     ],
 )
@@ -229,7 +231,60 @@ def test_broken_model_is_answered_and_promises_nothing():
     rows, opened = rows_of(request(row(1, 1.0, 1.0), row(2, 0.0, 1.0)))
     assert run_batch(served(Echo(fail=True)), rows, AnswerCache(CacheConfig(), Counter()), counters) == []
     assert [reply.status for reply in opened.replies] == [pb.STATUS_INTERNAL] * 2
-    assert (counters["model_errors"], counters["rows.inferred"]) == (1, 0)
+    assert (counters["model_errors"], counters["rows.inferred"]) == (2, 0)
+
+
+class Picky(Echo):
+    """Fails on a negative first value, and on the whole call with it."""
+
+    def run(self, inputs):
+        super().run(inputs)
+        if (inputs[:, 0] < 0).any():
+            raise ModelError("negative")
+        return inputs
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=20))
+def test_every_row_is_answered_or_refused_for_itself(good):
+    """Whichever rows break the model, the others have the answers they would have had alone, in their order."""
+    asked = request(*(row(index, 1.0 if is_good else -1.0, float(index)) for index, is_good in enumerate(good)))
+    rows, opened = rows_of(asked)
+    counters = Counter()
+    answered = run_batch(served(Picky()), rows, AnswerCache(CacheConfig(), Counter()), counters)
+    assert [item.row.seq for item in answered] == [index for index, is_good in enumerate(good) if is_good]
+    assert [reply is None for reply in opened.replies] == good
+    assert (counters["rows.inferred"], counters["model_errors"]) == (sum(good), len(good) - sum(good))
+    for item in answered:
+        alone, _ = rows_of(request(row(0, 1.0, float(item.row.seq))))
+        (expected,) = run_batch(served(Echo()), alone, AnswerCache(CacheConfig(), Counter()), Counter())
+        assert item.answer == expected.answer
+
+
+def test_failing_row_costs_few_calls():
+    """It is found by halves."""
+    runtime = Picky()
+    rows, _ = rows_of(request(*(row(index, -1.0 if index == 5 else 1.0, 0.0) for index in range(32))))
+    run_batch(served(runtime), rows, AnswerCache(CacheConfig(max_bytes=0), Counter()), Counter())
+    assert len(runtime.calls) <= 1 + 2 * 5
+
+
+def test_value_beyond_the_models_scale_is_refused_for_ever():
+    """It is finite, and infinitely many deviations away: no warning, no INTERNAL that would be asked again."""
+    model = served(Echo())
+    model.spec.input.std[:] = [1e-30]
+    rows, opened = rows_of(request(row(1, 1e30, 0.0), row(2, 0.0, 0.0)))
+    (answered,) = run_batch(model, rows, AnswerCache(CacheConfig(), Counter()), Counter())
+    assert answered.row.seq == 2
+    assert (opened.replies[0].status, opened.replies[0].field) == (pb.STATUS_INVALID_ARGUMENT, "rows[0].reading")
+
+
+def test_row_unpacked_for_another_shape_is_asked_again():
+    """The release was replaced while it waited."""
+    model = served(Echo())
+    rows, opened = rows_of(request(row(1, 1.0, 1.0)))
+    model.spec.input.shape[:] = [3]
+    assert run_batch(model, rows, AnswerCache(CacheConfig(), Counter()), Counter()) == []
+    assert opened.replies[0].status == pb.STATUS_INTERNAL
 
 
 def test_scores_match_the_model_row_by_row():

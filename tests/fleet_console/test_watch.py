@@ -5,8 +5,10 @@ import uuid
 from contextlib import closing
 
 import pytest
+from paho.mqtt.client import MQTTMessage
+from rich.console import Console
 
-from fleet_console.watch import decode_payload, watch
+from fleet_console.watch import _print, decode_payload, watch
 from shoal.codec import encode
 from shoal.errors import ConfigError
 from shoal.link import Link
@@ -141,6 +143,14 @@ def test_people_get_one_line_a_message(mosquitto, site, capsys):
     assert words[1:5] == ["R", f"shoal/v1/up/{site}/gw/state", "273", "B"]
     assert words[5:] == ['{"role":', f'"{"[gateway]" * 30}"}}']
     assert f" R shoal/v1/up/{site}/gw/presence " in lines[0]
+
+
+def test_message_that_is_not_retained_has_no_mark(capsys):
+    """R is for what the broker had kept."""
+    packet = MQTTMessage(topic=b"shoal/v1/down/plant/gw/ack")
+    packet.payload = b""
+    _print(Console(), packet, as_json=False)
+    assert capsys.readouterr().out.endswith("   shoal/v1/down/plant/gw/ack 0 B {}\n")
 
 
 @pytest.mark.parametrize("pattern", ["shoal/#/state", "shoal/v1/up+", ""])

@@ -91,7 +91,7 @@ def settings(tmp_path, published):
         prefix="sensor",
         model="shuttle",
         devices=3,
-        rate_hz=30.0,
+        rate_hz=60.0,
         readings=READINGS,
         data_dir=str(tmp_path / "data"),
         journal=str(tmp_path / "sensors.csv"),

@@ -21,6 +21,9 @@ from typing import NamedTuple
 
 from shoal.codec import EPOCH_BYTES
 
+# Entries of a heap for each item that waits; a peer that asks for patience again and again leaves old ones behind.
+_LARGEST_HEAP = 8
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS items (
   id INTEGER PRIMARY KEY, device TEXT NOT NULL, epoch BLOB NOT NULL, seq INTEGER NOT NULL,
@@ -217,9 +220,8 @@ class Outbox:
         """When `take` has something next; None when nothing waits."""
         heap = self._due.get(lane, [])
         while heap:
-            due, ticket, key = heap[0]
-            if key in self._waiting and self._waiting[key].ticket == ticket:
-                return due
+            if self._counts_still(heap[0]):
+                return heap[0][0]
             heapq.heappop(heap)
         return None
 
@@ -262,7 +264,15 @@ class Outbox:
     def _schedule(self, key: Key, when: float) -> None:
         self._tickets += 1
         self._waiting[key].ticket = self._tickets
-        heapq.heappush(self._due.setdefault(self._lane_of(key), []), (when, self._tickets, key))
+        heap = self._due.setdefault(self._lane_of(key), [])
+        if len(heap) > _LARGEST_HEAP * (len(self._waiting) + 1):
+            heap[:] = [entry for entry in heap if self._counts_still(entry)]
+            heapq.heapify(heap)
+        heapq.heappush(heap, (when, self._tickets, key))
+
+    def _counts_still(self, entry: tuple[float, int, Key]) -> bool:
+        _, ticket, key = entry
+        return key in self._waiting and self._waiting[key].ticket == ticket
 
     def _payload(self, key: Key) -> bytes:
         query = "SELECT payload FROM items WHERE device = ? AND epoch = ? AND seq = ?"
