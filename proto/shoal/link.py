@@ -26,7 +26,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from shoal.acks import AckQueue
 from shoal.codec import CONTENT_TYPE, OPAQUE_CONTENT_TYPE, encode, schema_of
-from shoal.errors import LinkError
+from shoal.errors import ConfigError, LinkError
 from shoal.inbox import BadHook, Handler, Inbox
 from shoal.link_config import Identity, LinkConfig
 from shoal.loop import Loop, Socket
@@ -79,7 +79,10 @@ class Link:
     # -- what a role calls ---------------------------------------------------------------------------------------
 
     def attach(self, loop: Loop) -> None:
-        """Connect as soon as `loop` runs, and again for ever."""
+        """Connect as soon as `loop` runs, and again for ever.
+
+        Where the TLS files cannot be used, the loop ends with `ConfigError`.
+        """
         self._loop = loop
         self._retry_at = loop.clock()
         loop.call_every(_TICK_S, self._tick)
@@ -212,7 +215,7 @@ class Link:
                 clean_start=self.config.session_expiry_s == 0,
                 properties=properties,
             )
-        except OSError as exc:
+        except (OSError, UnicodeError) as exc:  # the latter for a name that no host can have
             log.warning("connect failed broker=%s:%d error=%s", self.config.host, self.config.port, exc)
             client._sock_close()  # noqa: SLF001  paho has no public way to close without a DISCONNECT
             self._plan_retry(now)
@@ -224,7 +227,7 @@ class Link:
         if self.config.username:
             client.username_pw_set(self.config.username, self.config.password)
         if self.config.tls_ca is not None:
-            client.tls_set(self.config.tls_ca, self.config.tls_cert, self.config.tls_key)
+            self._set_tls(client, self.config.tls_ca)
         self._acks = AckQueue(partial(self._send_ack, client))
         client.on_socket_open = self._socket_opened
         client.on_socket_close = self._socket_closed
@@ -236,6 +239,14 @@ class Link:
         client.on_publish = self._published
         client.on_subscribe = self._subscribed
         return client
+
+    def _set_tls(self, client: Client, authority: str) -> None:
+        config = self.config
+        try:
+            client.tls_set(authority, config.tls_cert, config.tls_key)
+        except (OSError, ValueError) as exc:
+            files = ", ".join(name for name in (authority, config.tls_cert, config.tls_key) if name)
+            raise ConfigError(f"TLS with {files}: {exc}") from exc
 
     def _plan_retry(self, now: float) -> None:
         """Forget the connection and plan the next: full jitter, so that a fleet does not come back as one."""
@@ -372,7 +383,8 @@ class Link:
         route, segments = self.identity.presence
         presence = self._presence(online=online)
         properties = _publish_properties(presence, b"", None)
-        client.publish(topic(route, **segments), encode(presence), qos=1, retain=True, properties=properties)
+        info = client.publish(topic(route, **segments), encode(presence), qos=1, retain=True, properties=properties)
+        self._pending[info.mid] = None  # it takes its place in the broker's receive-maximum
 
     def _set_will(self, client: Client) -> None:
         route, segments = self.identity.presence

@@ -146,6 +146,25 @@ def test_other_than_one_input_and_output_is_refused(inputs, outputs):
         TfliteRuntime(_Interpreter(inputs, outputs), "m")
 
 
+class _Failing(_Interpreter):
+    """Takes one float and fails on it."""
+
+    def get_input_details(self):
+        return [{"shape": [1, 1], "dtype": np.float32, "index": 0}]
+
+    def set_tensor(self, index, values):
+        assert (index, values.shape) == (0, (1, 1))
+
+    def invoke(self):
+        raise RuntimeError("node 3 failed to invoke")
+
+
+def test_model_that_fails_while_it_runs_is_a_model_error():
+    """Pins that such a model ends no agent: the device asks the gateway instead."""
+    with pytest.raises(ModelError, match="inference failed: node 3"):
+        TfliteRuntime(_Failing(1, 1), "m").run(np.zeros((1, 1), np.float32))
+
+
 def test_runtime_names_itself_with_its_version():
     """Pins what NodeState says: the distribution that is used, as installed."""
     name, number = runtime_name().split()

@@ -1,7 +1,9 @@
 """The whole gateway over a real broker: questions in, answers out, promises kept."""
 
+import contextlib
 import random
 import socket
+import sqlite3
 from dataclasses import replace
 
 import numpy as np
@@ -164,18 +166,44 @@ def test_promised_sample_stays_until_the_clouds_ack(site):
     assert site.outbox.counters()["samples.stored"] == 1
 
 
-def test_no_promise_leaves_before_its_commit(site, monkeypatch):
-    """A disk that fails takes the reply with it: the device asks again."""
+def test_no_promise_leaves_before_its_commit(site, tmp_path, monkeypatch):
+    """What a reply promises is on disk, for another process to read, before the reply is handed to the link."""
+    publish, missing = site.gateway.link.publish, []
 
-    def broken():
-        raise OSError(5, "Input/output error")
+    def look_then_publish(route, message, **options):
+        if route is Route.REPLY:
+            with contextlib.closing(sqlite3.connect(tmp_path / "outbox.sqlite")) as other:
+                stored = {seq for (seq,) in other.execute("SELECT seq FROM items")}
+            missing.append({item.seq for item in message.rows if item.sample_promised} - stored)
+        return publish(route, message, **options)
 
-    monkeypatch.setattr(site.outbox, "commit", broken)
-    site.ask((1, 1.0, 1.0))
-    with pytest.raises(OSError, match="Input/output"):
-        site.until(lambda: bool(site.replies))
-    monkeypatch.undo()
-    assert not site.replies
+    monkeypatch.setattr(site.gateway.link, "publish", look_then_publish)
+    for seq in range(20):
+        site.ask((seq, 1.0, 1.0))
+    assert all(item.sample_promised for item in site.answers(20))
+    assert missing == [set()] * 20
+
+
+def test_disk_that_fails_holds_back_reply_and_acknowledgement(make_site, tmp_path, monkeypatch):
+    """Both follow the commit, in this order, as soon as the disk takes it."""
+    site, left = make_site(), []
+    site.gateway.activate("digits", release(1), linear(tmp_path / "m.onnx"))
+    monkeypatch.setattr(site.gateway.link, "publish", lambda route, *_, **__: left.append(route) or True)
+    request = pb.InferenceRequest(device="cam", epoch=_EPOCH, model="digits", rows=[row(1, 1.0, 1.0)])
+    address = Address(Route.INFER, site=site.name, node="cam")
+    site.gateway._on_request(Delivery(address, b"", request, False, b"", "", lambda: left.append("ack")))
+    with monkeypatch.context() as disk:
+
+        def broken():
+            raise sqlite3.OperationalError("disk I/O error")
+
+        disk.setattr(site.outbox, "commit", broken)
+        with pytest.raises(sqlite3.OperationalError):
+            site.gateway.flush(1.0)
+    assert left == []
+    site.gateway.flush(2.0)
+    assert left == [Route.REPLY, "ack"]
+    assert site.outbox.in_flight == 1
 
 
 def test_malformed_bytes_are_answered_and_hold_nobody_up(site):

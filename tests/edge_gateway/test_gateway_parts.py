@@ -11,7 +11,7 @@ from edge_gateway.batcher import Batcher, Left
 from edge_gateway.cache import AnswerCache, CacheConfig
 from edge_gateway.inference import ServedModel, run_batch
 from edge_gateway.requests import check_request, open_request, parse_rows
-from shoal.errors import ModelError, PayloadError
+from shoal.errors import MAX_MESSAGE_CHARS, ModelError, PayloadError
 from shoal.routes import Address, Route
 from shoal.v1 import inference_pb2 as pb
 from shoal.v1 import release_pb2
@@ -170,11 +170,12 @@ class Echo:
     def __init__(self, *, fail=False):
         self.calls = []
         self.fail = fail
+        self.story = "broken"
 
     def run(self, inputs):
         self.calls.append(len(inputs))
         if self.fail:
-            raise ModelError("broken")
+            raise ModelError(self.story)
         return inputs
 
 
@@ -258,6 +259,15 @@ def test_every_row_is_answered_or_refused_for_itself(good):
         alone, _ = rows_of(request(row(0, 1.0, float(item.row.seq))))
         (expected,) = run_batch(served(Echo()), alone, AnswerCache(CacheConfig(), Counter()), Counter())
         assert item.answer == expected.answer
+
+
+def test_long_story_of_the_runtime_is_cut():
+    """256 rows of it must fit one reply."""
+    rows, opened = rows_of(request(row(1, 1.0, 1.0)))
+    broken = Echo(fail=True)
+    broken.story = "x" * 10_000
+    run_batch(served(broken), rows, AnswerCache(CacheConfig(), Counter()), Counter())
+    assert len(opened.replies[0].message) == MAX_MESSAGE_CHARS
 
 
 def test_failing_row_costs_few_calls():

@@ -42,7 +42,7 @@ class Net:
     def join(self, node, **settings):
         link = self.link(node, **settings)
         link.attach(self.loop)
-        self.until(lambda: link.connected)
+        self.until(lambda: link.connected and link.is_idle)
         return link
 
     def until(self, ready):
@@ -158,8 +158,31 @@ def test_unacknowledged_message_is_delivered_again(mosquitto, net):
     cut(gateway)
     seen = len(got)
     net.until(lambda: len(got) > seen)
-    first.ack()  # of a connection that is gone: goes nowhere
     assert got[-1].message == first.message
+
+
+def test_acknowledgement_for_a_connection_that_is_gone_goes_nowhere(mosquitto, net):
+    """The next connection's delivery stays owed until it is acknowledged itself."""
+    net.url = mosquitto.url
+    got = []
+    gateway = net.join("gw", session_expiry_s=60)
+    gateway.subscribe(Route.INFER, got.append, ack_late=True, site=net.site, node="cam")
+    net.until(lambda: gateway.is_subscribed)
+    assert net.ask(net.join("cam"))
+    net.until(lambda: len(got) == 1)
+    cut(gateway)
+    net.until(lambda: len(got) == 2)
+    got[0].ack()
+    assert net.ask(gateway)  # its PUBACK shows that the broker has read what was sent before
+    net.until(lambda: gateway.is_idle)
+    cut(gateway)
+    net.until(lambda: len(got) == 3)
+    got[2].ack()
+    assert net.ask(gateway)
+    net.until(lambda: gateway.is_idle)
+    cut(gateway)
+    net.until(lambda: gateway.counters["connects"] == 4 and gateway.is_idle and gateway.is_subscribed)
+    assert len(got) == 3
 
 
 def test_wrong_message_for_a_route_is_our_own_mistake(net):

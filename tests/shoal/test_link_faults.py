@@ -95,7 +95,7 @@ def test_cut_fails_what_was_under_way_and_sends_nothing_again(net, device, how):
     net.until(lambda: len(outcomes) == 3)
     assert all(isinstance(error, LinkError) and not error.permanent for error in outcomes)
     net.proxy.heal()
-    net.until(lambda: device.connected)
+    net.until(lambda: device.connected and device.is_idle)
     assert device.room() == 3
     assert net.ask(device, "again")
     net.gateway.publish(Route.INFER, InferenceRequest(model="x"), site=net.site, node="mic")

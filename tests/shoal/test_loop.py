@@ -1,5 +1,6 @@
 """The loop that drives every process."""
 
+import itertools
 import os
 import signal
 import socket
@@ -67,6 +68,23 @@ def test_idle_hook_runs_once_sockets_are_drained(loop):
     left.send(b"ab")
     loop.run()
     assert events == [b"a", b"b", "idle"]
+    loop.unwatch(right)
+    left.close()
+    right.close()
+
+
+def test_flood_does_not_starve_the_idle_hook(loop):
+    """A peer that always has more to say must not keep the batch before it from being answered, nor the timers."""
+    left, right = socket.socketpair()
+    left.send(b"x")
+    reads, hooks, timers = [], [], []
+    loop.watch(right, lambda: reads.append(left.send(right.recv(1))), lambda: None)
+    loop.on_idle(lambda _now: (hooks.append(len(reads)), len(hooks) == 3 and loop.stop()))
+    loop.call_every(0.0, lambda _now: timers.append(len(reads)))
+    loop.run()
+    assert hooks[0] > 200
+    assert len({later - earlier for earlier, later in itertools.pairwise(hooks)}) == 1
+    assert len(timers) >= len(reads) - 1
     loop.unwatch(right)
     left.close()
     right.close()

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -21,6 +21,7 @@ def floats(*values):
 
 
 @given(_ROWS)
+@example(floats([3e38, -3e38]))
 def test_uncertainty_is_a_share_and_names_the_largest(logits):
     """For every finite output, without a warning."""
     result = score_rows(SCORE_KIND_UNCERTAINTY, logits, logits)

@@ -162,9 +162,10 @@ class Slots:
         """Refuse what a slot holds, for good; a confirmed model in the other slot takes over."""
         slot = self.pair[index].after(Event.FAIL)
         slots = self._without(index, slot).refuse(slot.content, reason)
-        # The same artefact may wait in the other slot under another release.
+        # The same artefact may be on trial in the other slot under another release.
         other = slots.pair[1 - index]
-        return slots.drop(1 - index) if other.phase is Phase.WRITTEN and slots.is_refused(other.content) else slots
+        on_trial = other.phase in (Phase.WRITTEN, Phase.PROBATION)
+        return slots.drop(1 - index) if on_trial and slots.is_refused(other.content) else slots
 
     def drop(self, index: int) -> "Slots":
         """Empty a slot whose files are damaged or no longer wanted; its content may be written again."""

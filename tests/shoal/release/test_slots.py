@@ -102,6 +102,16 @@ def test_failed_probation_falls_back_and_blocks_the_digest():
         slots.write(content(2))
 
 
+def test_twin_on_probation_ends_with_the_artefact_that_is_refused():
+    """The same bytes under another release are the same bytes: what is refused does not go on running on trial."""
+    slots = confirmed(1)
+    twin = Content(2, content(1).sha256, b"another spec")
+    slots = slots.write(twin).attempt().pass_test()
+    slots = slots.fail(1 - slots.active, "worse")
+    assert slots.running is None
+    assert slots.is_refused(twin)
+
+
 def test_spare_is_not_overwritten_while_it_is_the_way_back():
     """A third release waits until the second is confirmed or gone."""
     slots = confirmed(1).write(content(2)).attempt().pass_test()
