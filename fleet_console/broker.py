@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from enum import Enum, unique
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import FrameType
 
 from shoal.codec import MAX_PAYLOAD_BYTES
 from shoal.errors import ConfigError
@@ -27,6 +28,7 @@ from shoal.errors import ConfigError
 _READY_S = 15.0
 _STOP_S = 5.0
 _POLL_S = 0.02
+_FOREGROUND_POLL_S = 0.1
 _PROFILE = Path(__file__).parent / "profiles" / "mosquitto-dev.conf"
 # Debian puts it where only root's PATH looks.
 _SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -113,13 +115,19 @@ def start_broker(
 
 def run_foreground(directory: Path, kind: BrokerKind | None, port: int) -> int:
     """Run a broker until it ends, Ctrl-C or SIGTERM; return its exit status."""
-    # Dying of it would leave the broker behind: it has a session of its own.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with start_broker(directory, kind, port) as broker:
-            return broker.process.wait()
-    except KeyboardInterrupt:
-        return 0
+    asked_to_stop = False
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        nonlocal asked_to_stop
+        asked_to_stop = True
+
+    # No exception: one raised while the broker's process is being made would lose it, and it has a session of its own.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    with start_broker(directory, kind, port) as broker:
+        while broker.process.poll() is None and not asked_to_stop:
+            time.sleep(_FOREGROUND_POLL_S)
+        return 0 if asked_to_stop else broker.process.returncode
 
 
 def free_port() -> int:

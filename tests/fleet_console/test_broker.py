@@ -127,19 +127,37 @@ def test_missing_embedded_broker_is_said(tmp_path, monkeypatch):
         pass
 
 
+# Signals itself as soon as the broker's process exists, before anything of ours knows of it: the worst moment.
+_STARTER = """
+import os, subprocess, sys
+from pathlib import Path
+from fleet_console import broker
+
+class Popen(subprocess.Popen):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if {at_birth} and kwargs.get("start_new_session"):
+            os.kill(os.getpid(), {number})
+
+subprocess.Popen = Popen
+sys.exit(broker.run_foreground(Path({directory!r}), broker.BrokerKind({kind!r}), {port}))
+"""
+
+
+@pytest.mark.parametrize("at_birth", [False, True], ids=["running", "just made"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_broker_in_the_foreground_ends_with_its_starter(tmp_path, kind, number):
-    """Neither Ctrl-C nor a supervisor's SIGTERM leaves a broker behind."""
+def test_broker_in_the_foreground_ends_with_its_starter(tmp_path, kind, number, at_birth):
+    """Neither Ctrl-C nor a supervisor's SIGTERM leaves a broker behind, whenever it comes."""
     port = free_port()
-    program = (
-        "from pathlib import Path; from fleet_console.broker import BrokerKind, run_foreground;"
-        f"raise SystemExit(run_foreground(Path({str(tmp_path)!r}), BrokerKind({kind.value!r}), {port}))"
+    program = _STARTER.format(
+        at_birth=at_birth, number=int(number), directory=str(tmp_path), kind=kind.value, port=port
     )
     with subprocess.Popen([sys.executable, "-c", program]) as starter:
         deadline = time.monotonic() + 20.0
-        while not broker_module._answers(port):
+        while not at_birth and not broker_module._answers(port):
             assert starter.poll() is None
             assert time.monotonic() < deadline
-        starter.send_signal(number)
+        if not at_birth:
+            starter.send_signal(number)
         assert starter.wait(20.0) == 0
     assert not broker_module._answers(port)
