@@ -122,12 +122,15 @@ def run_foreground(directory: Path, kind: BrokerKind | None, port: int) -> int:
         asked_to_stop = True
 
     # No exception: one raised while the broker's process is being made would lose it, and it has a session of its own.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    with start_broker(directory, kind, port) as broker:
-        while broker.process.poll() is None and not asked_to_stop:
-            time.sleep(_FOREGROUND_POLL_S)
-        return 0 if asked_to_stop else broker.process.returncode
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with start_broker(directory, kind, port) as broker:
+            while broker.process.poll() is None and not asked_to_stop:
+                time.sleep(_FOREGROUND_POLL_S)
+            return 0 if asked_to_stop else broker.process.returncode
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def free_port() -> int:

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from google.protobuf.message import Message
 
@@ -14,14 +14,14 @@ from shoal.routes import ROUTES, Address, Route, parse_topic
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(NamedTuple):
     """One received message. `message` is None on opaque routes and where a retained topic was cleared."""
 
     address: Address
     payload: bytes
     message: Message | None
     retained: bool
+    qos: int
     correlation: bytes
     response_topic: str
     ack: Callable[[], None]
@@ -62,6 +62,7 @@ class Inbox:
         *,
         retained: bool,
         ack: Callable[[], None],
+        qos: int = 1,
         correlation: bytes = b"",
         response_topic: str = "",
     ) -> None:
@@ -72,34 +73,33 @@ class Inbox:
             self._count_bad(topic_text, exc)
             ack()
             return
-        self._dispatch(Delivery(address, payload, None, retained, correlation, response_topic, ack))
-
-    def _dispatch(self, delivery: Delivery) -> None:
-        route = delivery.address.route
+        route = address.route
         handler, ack_late = self._handlers.get(route, (None, False))
-        if handler is None or (delivery.retained and not ROUTES[route].retain):
+        if handler is None or (retained and not ROUTES[route].retain):
             # A retained command would be obeyed again by every node that ever connects.
             self._counters["ignored_messages"] += 1
-            delivery.ack()
+            ack()
             return
         try:
-            handler(replace(delivery, message=_message_of(delivery)))
+            message = _message_of(route, payload)
+            handler(Delivery(address, payload, message, retained, qos, correlation, response_topic, ack))
         except PayloadError as exc:
             self._count_bad(route.value, exc)
             if route in self._bad_hooks:
-                self._bad_hooks[route](delivery, exc)
-            delivery.ack()
+                bad = Delivery(address, payload, None, retained, qos, correlation, response_topic, ack)
+                self._bad_hooks[route](bad, exc)
+            ack()
             return
         if not ack_late:
-            delivery.ack()
+            ack()
 
     def _count_bad(self, where: str, error: PayloadError) -> None:
         self._counters["bad_payloads"] += 1
         log.debug("bad payload on=%s error=%s", where, error)
 
 
-def _message_of(delivery: Delivery) -> Message | None:
-    spec = ROUTES[delivery.address.route]
-    if spec.message is None or (spec.retain and not delivery.payload):
+def _message_of(route: Route, payload: bytes) -> Message | None:
+    spec = ROUTES[route]
+    if spec.message is None or (spec.retain and not payload):
         return None
-    return decode(spec.message, delivery.payload)
+    return decode(spec.message, payload)

@@ -4,7 +4,8 @@ Invariants:
 - a fresh paho client for every connection, so that nothing of an old connection is ever sent again by itself:
   what must not be lost lives in an outbox, which decides for itself what to repeat;
 - nothing is queued while disconnected: `publish` says no, and the caller keeps its data;
-- an acknowledgement goes to the connection that delivered the message, or nowhere.
+- an acknowledgement goes to the connection that delivered the message, or nowhere;
+- what one round of the loop publishes and acknowledges leaves in one write, in that order.
 """
 
 import logging
@@ -13,12 +14,11 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, cast
 
 from google.protobuf.message import Message
-from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage, MQTTv5
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
@@ -30,8 +30,18 @@ from shoal.errors import ConfigError, LinkError
 from shoal.inbox import BadHook, Handler, Inbox
 from shoal.link_config import Identity, LinkConfig
 from shoal.loop import Loop, Socket
+from shoal.mqtt_client import WireClient
 from shoal.routes import ROUTES, Route, topic, topic_filter
 from shoal.v1.node_pb2 import Presence
+from shoal.wire import (
+    Puback,
+    Publish,
+    correlation_property,
+    encode_puback,
+    encode_publish,
+    expiry_property,
+    publish_properties,
+)
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +52,12 @@ _MICROSECONDS = 1_000_000
 # A chunk of 64 KiB and its topic must pass; MEASURED on Mosquitto: a smaller limit loses chunks silently.
 _SMALLEST_USEFUL_PACKET = 66_000
 
-# Not authorized, topic name invalid, packet too large, payload format invalid: MQTT 5, section 2.4.
+# What a broker that does not read may leave with us of messages that it never acknowledges.
+_MAX_BACKLOG_BYTES = 4 << 20
+
+# From here on reason codes are failures; those below would be refused again:
+# not authorized, topic name invalid, packet too large, payload format invalid: MQTT 5, section 2.4.
+_REFUSED = 0x80
 _PERMANENT = frozenset({0x87, 0x90, 0x95, 0x99})
 
 Done = Callable[[LinkError | None], None]
@@ -65,7 +80,8 @@ class Link:
         self.counters: Counter[str] = Counter()
         self._rng = rng or random.SystemRandom()
         self._loop: Loop | None = None
-        self._client: Client | None = None
+        self._client: WireClient | None = None
+        self._outgoing: list[bytes] = []
         self._attempts = 0
         self._retry_at: float | None = None
         self._closing = False
@@ -153,21 +169,33 @@ class Link:
             ValueError: the message is not what the route carries, or too large.
         """
         spec = ROUTES[route]
-        if self._client is None or self.room() <= 0:
-            return False
-        payload = message if isinstance(message, bytes) else encode(message)
         if message != b"" and (spec.message or bytes) is not type(message):
             raise ValueError(f"{route} carries {spec.message or bytes}, not {type(message)}")
-        info = self._client.publish(
-            topic(route, **segments),
-            payload,
-            qos=spec.qos if qos is None else qos,
-            retain=spec.retain,
-            properties=_publish_properties(message, correlation, expiry_s),
-        )
-        if info.rc is not MQTTErrorCode.MQTT_ERR_SUCCESS:
+        chosen_qos = spec.qos if qos is None else qos
+        if chosen_qos == 0 and on_done is not None:
+            raise ValueError("nobody answers a message of QoS 0")
+        client = self._client
+        if client is None or self.room() <= 0 or (chosen_qos == 0 and client.backlog_bytes() > _MAX_BACKLOG_BYTES):
             return False
-        self._pending[info.mid] = on_done
+        if isinstance(message, bytes):
+            payload, properties = message, _kind_properties(OPAQUE_CONTENT_TYPE, None)
+        else:
+            payload, properties = encode(message), _kind_properties(CONTENT_TYPE, schema_of(message))
+        if correlation:
+            properties += correlation_property(correlation)
+        if expiry_s is not None:
+            properties += expiry_property(expiry_s)
+        packet_id = self._expect_answer(client, on_done) if chosen_qos else 0
+        self._send(
+            encode_publish(
+                topic(route, **segments).encode(),
+                payload,
+                qos=chosen_qos,
+                retain=spec.retain,
+                packet_id=packet_id,
+                properties=properties,
+            )
+        )
         self.counters["messages_sent"] += 1
         self.counters["bytes_sent"] += len(payload)
         return True
@@ -180,7 +208,8 @@ class Link:
         if client is None:
             return
         if self.connected:
-            self._publish_presence(client, online=False)
+            self._publish_presence(online=False)
+            self._flush()
             client.disconnect()
             deadline = time.monotonic() + _GOODBYE_S
             # A line that is gone takes nothing more, and its last packets stay wanted for ever.
@@ -220,10 +249,14 @@ class Link:
             client._sock_close()  # noqa: SLF001  paho has no public way to close without a DISCONNECT
             self._plan_retry(now)
 
-    def _new_client(self) -> Client:
-        client = Client(CallbackAPIVersion.VERSION2, self.identity.client_id, protocol=MQTTv5, manual_ack=True)
+    def _new_client(self) -> WireClient:
+        client = WireClient(
+            self.identity.client_id,
+            max_packet_bytes=self.config.max_packet_bytes,
+            on_publish_received=self._received,
+            on_puback=self._published,
+        )
         client.connect_timeout = self.config.connect_timeout_s
-        client.max_inflight_messages_set(self.config.max_inflight)
         if self.config.username:
             client.username_pw_set(self.config.username, self.config.password)
         if self.config.tls_ca is not None:
@@ -235,12 +268,11 @@ class Link:
         client.on_socket_unregister_write = partial(self._write_wanted, wanted=False)
         client.on_connect = self._connected
         client.on_disconnect = self._disconnected
-        client.on_message = self._received
-        client.on_publish = self._published
+        client.on_message = self._received_by_paho
         client.on_subscribe = self._subscribed
         return client
 
-    def _set_tls(self, client: Client, authority: str) -> None:
+    def _set_tls(self, client: WireClient, authority: str) -> None:
         config = self.config
         try:
             client.tls_set(authority, config.tls_cert, config.tls_key)
@@ -259,6 +291,7 @@ class Link:
 
     def _forget(self) -> None:
         self._client = None
+        self._outgoing.clear()
         self.connected = self.is_subscribed = False
         pending, self._pending = self._pending, {}
         for done in pending.values():
@@ -289,7 +322,12 @@ class Link:
             sock = client.socket()
 
     def _connected(
-        self, client: Client, _userdata: object, _flags: ConnectFlags, reason: ReasonCode, properties: Properties | None
+        self,
+        _client: Client,
+        _userdata: object,
+        _flags: ConnectFlags,
+        reason: ReasonCode,
+        properties: Properties | None,
     ) -> None:
         if reason.is_failure:
             log.warning("connection refused node=%s reason=%s", self.identity.client_id, reason)
@@ -302,7 +340,7 @@ class Link:
         largest = getattr(properties, "MaximumPacketSize", None)
         if largest is not None and largest < _SMALLEST_USEFUL_PACKET:
             log.error("broker's maximum packet size is %d: model chunks cannot pass, raise max_packet_size", largest)
-        self._publish_presence(client, online=True)
+        self._publish_presence(online=True)
         if self._filters:
             self._subscribe_now(list(self._filters))
         for hook in self._on_connect_hooks:
@@ -318,35 +356,45 @@ class Link:
         if self._loop is not None:
             self._plan_retry(self._loop.clock())
 
-    def _received(self, _client: Client, _userdata: object, packet: MQTTMessage) -> None:
+    def _received(self, publish: Publish) -> None:
         self.counters["messages_received"] += 1
-        self.counters["bytes_received"] += len(packet.payload)
-        ack = self._acks.expect(packet.mid) if packet.qos else _no_ack
-        properties = packet.properties
+        self.counters["bytes_received"] += len(publish.payload)
         self._inbox.receive(
-            packet.topic,
-            bytes(packet.payload),
-            retained=packet.retain,
-            ack=ack,
-            correlation=getattr(properties, "CorrelationData", b""),
-            response_topic=getattr(properties, "ResponseTopic", ""),
+            publish.topic,
+            publish.payload,
+            retained=publish.retain,
+            ack=self._acks.expect(publish.packet_id) if publish.qos else _no_ack,
+            qos=publish.qos,
+            correlation=publish.correlation,
+            response_topic=publish.response_topic,
         )
 
-    def _send_ack(self, client: Client, packet_id: int) -> None:
-        if client is self._client:
-            client.ack(packet_id, 1)
+    def _received_by_paho(self, _client: Client, _userdata: object, packet: MQTTMessage) -> None:
+        """What the wire codec does not take: property lists above 127 bytes, subscription identifiers."""
+        properties = packet.properties
+        self._received(
+            Publish(
+                packet.topic,
+                bytes(packet.payload),
+                packet.qos,
+                packet.retain,
+                packet.mid,
+                getattr(properties, "CorrelationData", b""),
+                getattr(properties, "ResponseTopic", ""),
+            )
+        )
 
-    def _published(
-        self, client: Client, _userdata: object, mid: int, reason: ReasonCode, _properties: Properties
-    ) -> None:
-        if client is not self._client:
-            return
-        done = self._pending.pop(mid, None)
+    def _send_ack(self, client: WireClient, packet_id: int) -> None:
+        if client is self._client:
+            self._send(encode_puback(packet_id))
+
+    def _published(self, puback: Puback) -> None:
+        done = self._pending.pop(puback.packet_id, None)
         error = None
-        if reason.is_failure:
-            error = LinkError(f"the broker refused: {reason}", permanent=reason.value in _PERMANENT)
-        if error is not None:
+        if puback.reason >= _REFUSED:
             self.counters["refused_publishes"] += 1
+            reason = ReasonCode(PacketTypes.PUBACK, identifier=puback.reason)
+            error = LinkError(f"the broker refused: {reason}", permanent=puback.reason in _PERMANENT)
         if done is not None:
             done(error)
 
@@ -360,6 +408,25 @@ class Link:
             log.error("subscriptions refused node=%s reasons=%s", self.identity.client_id, [str(r) for r in reasons])
 
     # -- small parts ---------------------------------------------------------------------------------------------
+
+    def _expect_answer(self, client: WireClient, on_done: Done | None) -> int:
+        packet_id = client.next_packet_id()
+        while packet_id in self._pending:  # one message that is never answered must not lose its place to another
+            packet_id = client.next_packet_id()
+        self._pending[packet_id] = on_done
+        return packet_id
+
+    def _send(self, packet: bytes) -> None:
+        """Let a packet wait for the others of this round."""
+        if not self._outgoing and self._loop is not None:
+            self._loop.call_soon(self._flush)
+        self._outgoing.append(packet)
+
+    def _flush(self) -> None:
+        if self._outgoing and self._client is not None:
+            packets = b"".join(self._outgoing)
+            self._outgoing.clear()
+            self._client.send_packets(packets)
 
     def _subscribe_now(self, patterns: list[str]) -> None:
         if self._client is None:
@@ -379,12 +446,21 @@ class Link:
             version=self.identity.version,
         )
 
-    def _publish_presence(self, client: Client, *, online: bool) -> None:
+    def _publish_presence(self, *, online: bool) -> None:
+        if self._client is None:
+            return
         route, segments = self.identity.presence
         presence = self._presence(online=online)
-        properties = _publish_properties(presence, b"", None)
-        info = client.publish(topic(route, **segments), encode(presence), qos=1, retain=True, properties=properties)
-        self._pending[info.mid] = None  # it takes its place in the broker's receive-maximum
+        packet = encode_publish(
+            topic(route, **segments).encode(),
+            encode(presence),
+            qos=1,
+            retain=True,
+            # It takes its place in the broker's receive-maximum.
+            packet_id=self._expect_answer(self._client, None),
+            properties=_kind_properties(CONTENT_TYPE, schema_of(presence)),
+        )
+        self._send(packet)
 
     def _set_will(self, client: Client) -> None:
         route, segments = self.identity.presence
@@ -396,18 +472,9 @@ def _no_ack() -> None:
     """QoS 0 has none."""
 
 
-def _publish_properties(message: Message | bytes, correlation: bytes, expiry_s: int | None) -> Properties:
-    properties = _properties(PacketTypes.PUBLISH)
-    if isinstance(message, bytes):
-        properties.ContentType = OPAQUE_CONTENT_TYPE
-    else:
-        properties.ContentType = CONTENT_TYPE
-        properties.UserProperty = [("schema", schema_of(message))]
-    if correlation:
-        properties.CorrelationData = correlation
-    if expiry_s is not None:
-        properties.MessageExpiryInterval = expiry_s
-    return properties
+@lru_cache(maxsize=64)
+def _kind_properties(content_type: str, schema: str | None) -> bytes:
+    return publish_properties(content_type, schema)
 
 
 def _properties(packet_type: int) -> Properties:

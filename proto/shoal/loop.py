@@ -56,6 +56,7 @@ class Loop:
         self._timers: list[Timer] = []
         self._order = itertools.count()
         self._idle_hooks: list[Callback] = []
+        self._soon: list[Callable[[], None]] = []
         self._stopping = False
         self._waker, self._wakee = socket.socketpair()
         self._waker.setblocking(False)
@@ -98,6 +99,10 @@ class Loop:
         """Call `hook` each time every socket is drained, before the loop sleeps, and now and then in a flood."""
         self._idle_hooks.append(hook)
 
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Call once, after the callbacks of this round and before the loop sleeps."""
+        self._soon.append(callback)
+
     def wake(self) -> None:
         """Make the loop go round once. The only method besides `stop` that other threads may call."""
         try:
@@ -121,6 +126,7 @@ class Loop:
                 now = self.clock()
                 for hook in self._idle_hooks:
                     hook(now)
+            self._run_soon()
             if not ready:
                 ready = self._selector.select(self._patience_s())
             for key, events in ready:
@@ -172,6 +178,12 @@ class Loop:
         for timer in due:
             if not timer.cancelled:
                 timer.callback(now)
+
+    def _run_soon(self) -> None:
+        while self._soon:
+            callbacks, self._soon = self._soon, []
+            for callback in callbacks:
+                callback()
 
     def _drain_wakes(self) -> None:
         try:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, unique
+from functools import lru_cache
 from types import MappingProxyType
 
 from google.protobuf.message import Message
@@ -71,6 +72,7 @@ ROUTES: Mapping[Route, RouteSpec] = MappingProxyType(
 # The site that cloud services belong to where they act as nodes: they take commands and answer with results.
 CLOUD_SITE = "cloud"
 
+_REMEMBERED = 4096
 _SEGMENT = re.compile(r"\{(\w+)\}")
 _SHA256_HEX = re.compile(r"[0-9a-f]{64}")
 
@@ -94,6 +96,8 @@ def _checked(name: str, value: str) -> str:
     return parse_id(value, f"topic.{name}")
 
 
+# Pure, and asked for every message; bounded, because senders choose what is remembered.
+@lru_cache(maxsize=_REMEMBERED)
 def topic(route: Route, **segments: str) -> str:
     """Return the one topic of `route` with these segments.
 
@@ -121,6 +125,7 @@ def _pattern(template: str) -> re.Pattern[str]:
 _PATTERNS = tuple((route, _pattern(spec.template)) for route, spec in ROUTES.items())
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def parse_topic(text: str) -> Address:
     """Take a topic apart.
 

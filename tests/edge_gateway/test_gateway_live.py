@@ -191,7 +191,7 @@ def test_disk_that_fails_holds_back_reply_and_acknowledgement(make_site, tmp_pat
     monkeypatch.setattr(site.gateway.link, "publish", lambda route, *_, **__: left.append(route) or True)
     request = pb.InferenceRequest(device="cam", epoch=_EPOCH, model="digits", rows=[row(1, 1.0, 1.0)])
     address = Address(Route.INFER, site=site.name, node="cam")
-    site.gateway._on_request(Delivery(address, b"", request, False, b"", "", lambda: left.append("ack")))
+    site.gateway._on_request(Delivery(address, b"", request, False, 1, b"", "", lambda: left.append("ack")))
     with monkeypatch.context() as disk:
 
         def broken():
@@ -447,7 +447,7 @@ def test_requests_without_acknowledgement_are_bounded_too(make_site):
     request = pb.InferenceRequest(device="cam", epoch=_EPOCH, model="digits", rows=[row(1, 0.0, 1.0)])
     address = Address(Route.INFER, site=site.name, node="cam")
     for _ in range(3):
-        site.gateway._on_request(Delivery(address, b"", request, False, b"", "", lambda: acks.append(1)))
+        site.gateway._on_request(Delivery(address, b"", request, False, 1, b"", "", lambda: acks.append(1)))
     assert (site.gateway.counters["requests"], site.gateway.counters["requests.dropped"], len(acks)) == (2, 1, 1)
 
 

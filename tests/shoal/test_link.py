@@ -3,15 +3,18 @@
 import random
 import socket
 from dataclasses import replace
+from urllib.parse import urlsplit
 
 import pytest
+from paho.mqtt.client import Client, MQTTv5
+from paho.mqtt.enums import CallbackAPIVersion
 
 from shoal.commands import CommandDesk
 from shoal.errors import ConfigError, LinkError
 from shoal.link import Link
 from shoal.link_config import node_identity, parse_broker_url, service_identity
 from shoal.loop import Loop
-from shoal.routes import Route
+from shoal.routes import Route, topic_filter
 from shoal.state import MAX_INTERVAL_S, Report, StateReporter
 from shoal.v1 import command_pb2 as pb
 from shoal.v1.inference_pb2 import InferenceReply, InferenceRequest
@@ -197,12 +200,19 @@ def test_wrong_message_for_a_route_is_our_own_mistake(net):
 def test_messages_carry_schema_correlation_and_type(net):
     """What any MQTT 5 tool can show."""
     raw = []
-    gateway = net.join("gw")
-    gateway._client.on_message = lambda _c, _u, packet: raw.append(packet)
-    gateway.subscribe(Route.INFER, print, site=net.site)
+    any_tool = Client(CallbackAPIVersion.VERSION2, "tool", protocol=MQTTv5)
+    any_tool.on_connect = lambda client, *_: client.subscribe(topic_filter(Route.INFER, site=net.site))
+    any_tool.on_subscribe = lambda *_: net.loop.call_soon(lambda: raw.append(None))
+    any_tool.on_message = lambda _c, _u, packet: raw.append(packet)
+    port = urlsplit(net.url).port
+    any_tool.connect("127.0.0.1", port)
+    net.loop.call_every(0.01, lambda _now: any_tool.loop(0.001))
     device = net.join("cam")
-    net.until(lambda: net.ask(device, correlation=b"42", expiry_s=30) and bool(raw)) if not raw else None
-    properties = raw[0].properties
+    net.until(lambda: raw)
+    assert net.ask(device, correlation=b"42", expiry_s=30)
+    net.until(lambda: len(raw) > 1)
+    any_tool.disconnect()
+    properties = raw[1].properties
     assert properties.ContentType == "application/x-protobuf"
     assert properties.UserProperty == [("schema", "shoal.v1.InferenceRequest")]
     assert properties.CorrelationData == b"42"
