@@ -19,47 +19,103 @@ class Left(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Batch(Generic[T]):
+    """Rows for one model call; the first of them has waited since `since`."""
+
     rows: list[T]
     left: Left
+    since: float
+
+
+class _Turns(Generic[T]):
+    """Queues of many owners that give one row each in turn: who sends ten times as much waits ten times as long."""
+
+    def __init__(self) -> None:
+        self._queues: dict[str, deque[tuple[float, T]]] = {}
+        self._turns: deque[str] = deque()
+        self._rows = 0
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def waiting(self, owner: str) -> int:
+        return len(self._queues.get(owner, ()))
+
+    def add(self, owner: str, row: T, now: float) -> None:
+        queue = self._queues.get(owner)
+        if queue is None:
+            queue = self._queues[owner] = deque()
+            self._turns.append(owner)
+        queue.append((now, row))
+        self._rows += 1
+
+    def pop(self) -> tuple[float, T]:
+        owner = self._turns.popleft()
+        queue = self._queues[owner]
+        taken = queue.popleft()
+        self._rows -= 1
+        if queue:
+            self._turns.append(owner)
+        else:
+            del self._queues[owner]
+        return taken
+
+    def first_at(self) -> float:
+        """When the row came that has waited longest; there is one."""
+        return min(queue[0][0] for queue in self._queues.values())
 
 
 class Batcher(Generic[T]):
     """Group rows for one model call. Never reads a clock, never blocks.
 
     A batch leaves when it holds `max_rows`; when its first row has waited `max_delay_s`; and, where `max_delay_s` is 0,
-    as soon as the socket is drained. Replays leave when nothing fresh waits, or to fill a batch that leaves anyway.
+    as soon as the socket is drained. Owners take turns, row by row. Replays leave when nothing fresh waits, or to fill
+    a batch that leaves anyway.
+
+    Args:
+        max_waiting: rows of all owners together.
+        max_waiting_per_owner: an owner who has so many waiting gets no more in.
     """
 
-    def __init__(self, max_rows: int, max_delay_s: float = 0.0, max_waiting: int = 4096) -> None:
-        if max_rows < 1 or max_delay_s < 0 or max_waiting < max_rows:
-            raise ValueError(f"max_rows {max_rows}, max_delay_s {max_delay_s}, max_waiting {max_waiting}")
+    def __init__(
+        self, max_rows: int, max_delay_s: float = 0.0, max_waiting: int = 4096, max_waiting_per_owner: int = 4096
+    ) -> None:
+        if max_rows < 1 or max_delay_s < 0 or max_waiting < max_rows or max_waiting_per_owner < 1:
+            raise ValueError(
+                f"max_rows {max_rows}, max_delay_s {max_delay_s}, max_waiting {max_waiting}, "
+                f"max_waiting_per_owner {max_waiting_per_owner}"
+            )
         self.max_rows = max_rows
         self._max_delay_s = max_delay_s
         self._max_waiting = max_waiting
-        self._fresh: deque[tuple[float, T]] = deque()
-        self._replays: deque[tuple[float, T]] = deque()
+        self._max_waiting_per_owner = max_waiting_per_owner
+        self._fresh: _Turns[T] = _Turns()
+        self._replays: _Turns[T] = _Turns()
 
     def __len__(self) -> int:
         return len(self._fresh) + len(self._replays)
 
-    def has_room(self, rows: int) -> bool:
-        return len(self) + rows <= self._max_waiting
+    def has_room(self, owner: str, rows: int) -> bool:
+        """Whether so many rows of this owner may come in together."""
+        if len(self) + rows > self._max_waiting:
+            return False
+        return self._fresh.waiting(owner) + self._replays.waiting(owner) < self._max_waiting_per_owner
 
-    def add(self, row: T, now: float, *, replay: bool = False) -> None:
+    def add(self, owner: str, row: T, now: float, *, replay: bool = False) -> None:
         """Let a row wait.
 
         Raises:
             ValueError: there is no room; ask `has_room` first.
         """
-        if not self.has_room(1):
+        if len(self) >= self._max_waiting:
             raise ValueError(f"{len(self)} rows wait already")
-        (self._replays if replay else self._fresh).append((now, row))
+        (self._replays if replay else self._fresh).add(owner, row, now)
 
     def take(self, now: float, *, drained: bool) -> Batch[T] | None:
         """The next batch that may leave; call until None."""
-        if not len(self):
+        waiting = len(self)
+        if not waiting:
             return None
-        if len(self) >= self.max_rows:
+        if waiting >= self.max_rows:
             left = Left.FULL
         elif drained and self._max_delay_s == 0:
             left = Left.DRAINED
@@ -67,15 +123,15 @@ class Batcher(Generic[T]):
             left = Left.WAITED
         else:
             return None
-        rows: list[T] = []
+        taken: list[tuple[float, T]] = []
         for queue in (self._fresh, self._replays):
-            while queue and len(rows) < self.max_rows:
-                rows.append(queue.popleft()[1])
-        return Batch(rows, left)
+            while len(queue) and len(taken) < self.max_rows:
+                taken.append(queue.pop())
+        return Batch([row for _, row in taken], left, min(at for at, _ in taken))
 
     def due_at(self) -> float | None:
         """When a batch will have waited long enough; None when nothing waits."""
         return self._first_at() + self._max_delay_s if len(self) else None
 
     def _first_at(self) -> float:
-        return min(queue[0][0] for queue in (self._fresh, self._replays) if queue)
+        return min(queue.first_at() for queue in (self._fresh, self._replays) if len(queue))

@@ -13,7 +13,8 @@ from typing import Self
 import numpy as np
 
 from edge_gateway import engine
-from edge_gateway.gateway import MAX_WAITING_ROWS, Gateway, GatewayConfig
+from edge_gateway.gateway import Gateway, GatewayConfig
+from edge_gateway.lanes import MAX_BATCH_SIZE, LaneConfig
 from edge_gateway.service import SESSION_EXPIRY_S, drive, open_link
 from shoal.delivery.outbox import Outbox
 from shoal.errors import LinkError, ModelError
@@ -57,7 +58,7 @@ class Deploy:
     ) -> None:
         for key, text in ("site", site), ("name", name), *(("devices", device) for device in devices):
             parse_id(text, key)
-        if not 0 < max_batch_size <= MAX_WAITING_ROWS or not max_delay_ms >= 0:
+        if not 0 < max_batch_size <= MAX_BATCH_SIZE or not max_delay_ms >= 0:
             raise ValueError(f"max_batch_size {max_batch_size}, max_delay_ms {max_delay_ms}")
         self._path = Path(model)
         self.model = model_id(self._path.stem)
@@ -67,8 +68,7 @@ class Deploy:
             node=name,
             models=[self.model],
             devices=tuple(devices),
-            max_batch_size=max_batch_size,
-            max_delay_s=max_delay_ms / 1000,
+            lanes=LaneConfig(max_batch_size=max_batch_size, max_delay_s=max_delay_ms / 1000),
         )
         self._loop: Loop | None = None
         self._thread: threading.Thread | None = None
@@ -124,7 +124,7 @@ class Deploy:
             outbox = Outbox(Path(folder) / "outbox.sqlite")
             try:
                 link = open_link(replace(self._link_config, backoff_max_s=2.0), self._config.site, self._config.node)
-                gateway = Gateway(self._config, link, outbox, rng=random.SystemRandom(), clock=loop.clock)
+                gateway = Gateway(self._config, link, outbox, rng=random.SystemRandom(), loop=loop)
                 gateway.activate(self.model, release, self._path)
                 self._gateway = gateway
                 # Subscriptions too must be there: the birth goes out before them, and its PUBACK comes back first.

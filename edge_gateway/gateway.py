@@ -1,6 +1,6 @@
 """The gateway: requests in, batches through the model, replies out, samples into the outbox before they are promised.
 
-Data flows one way: link -> requests -> batcher -> inference -> outbox.commit -> replies -> PUBACK.
+Data flows one way: link -> requests -> lanes -> outbox.commit -> replies -> PUBACK.
 Invariants:
 - a reply that promises a sample follows the commit that holds it;
 - a request's PUBACK follows its reply, so that receive-maximum is back-pressure and a crash loses no question;
@@ -10,22 +10,23 @@ Invariants:
 import hashlib
 import logging
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_gateway import engine
-from edge_gateway.batcher import Batcher
-from edge_gateway.cache import AnswerCache, CacheConfig
 from edge_gateway.forwarder import Forwarder, sample_counters
-from edge_gateway.inference import Answered, ServedModel, run_batch
-from edge_gateway.requests import OpenRequest, Row, check_request, open_request, parse_rows, refusal, refuse_all
+from edge_gateway.inference import Outcome, Scored, ServedModel
+from edge_gateway.lanes import LaneConfig, Lanes
+from edge_gateway.requests import OpenRequest, Row, check_request
+from edge_gateway.samples import sample_of
 from shoal.commands import CommandDesk
 from shoal.delivery.outbox import Outbox
-from shoal.errors import ModelError, PayloadError
+from shoal.errors import MAX_MESSAGE_CHARS, ModelError, PayloadError
 from shoal.inbox import Delivery
 from shoal.link import Link
+from shoal.loop import Loop
 from shoal.routes import Route
 from shoal.state import Report, StateReporter
 from shoal.v1 import inference_pb2 as pb
@@ -34,7 +35,10 @@ from shoal.v1.release_pb2 import ReleaseSpec, Tier
 
 log = logging.getLogger(__name__)
 
-MAX_WAITING_ROWS = 4096
+# A commit takes a disk's flush: the next one waits three times as long as the last took, so that a gateway under load
+# spends at most a quarter of its time in them, and an idle one does not wait at all.
+_COMMIT_PAUSE = 3.0
+_COUNTER_OF_STATUS = {number: f"rows.{name.removeprefix('STATUS_').lower()}" for name, number in pb.Status.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,52 +48,42 @@ class GatewayConfig:
     Attributes:
         models: what it serves.
         devices: whom it serves; empty means every device of the site, shared with the gateways that serve the same.
-        max_batch_size: rows of one model call.
-        max_delay_s: how long a first row may wait for company; 0 runs whatever the socket has drained.
-        max_waiting: rows in all queues of one model; above it the answer is RESOURCE_EXHAUSTED. Requests without their
-            reply too; above it they are dropped and counted.
+        providers: of ONNX Runtime, the best first.
+        max_open: requests without their reply, of all models: what waits in lanes, for a commit, for room to reply.
     """
 
     site: str
     node: str
     models: Sequence[str]
     devices: Sequence[str] = ()
-    max_batch_size: int = 32
-    max_delay_s: float = 0.0
-    max_waiting: int = MAX_WAITING_ROWS
-    cache: CacheConfig = field(default_factory=CacheConfig)
+    lanes: LaneConfig = field(default_factory=LaneConfig)
+    providers: Sequence[str] = (engine.CPU,)
+    max_open: int = 8192
     state_interval_s: float = 60.0
     sample_linger_s: float = 0.5
     retry_after_s: float = 10.0
 
 
-@dataclass(slots=True)
-class _Lane:
-    """One model: what serves it and what waits for it."""
-
-    batcher: Batcher[Row]
-    served: ServedModel | None = None
-
-
 class Gateway:
-    """Everything of a gateway but its process. Call `flush` when the sockets are drained and `tick` often."""
+    """Everything of a gateway but its process. Call `flush` when the sockets are drained and `tick` often.
 
-    def __init__(
-        self, config: GatewayConfig, link: Link, outbox: Outbox, *, rng: random.Random, clock: Callable[[], float]
-    ) -> None:
+    Attributes:
+        counters: of requests, rows by status, batches by reason, the cache.
+        lanes: the models and what waits for them.
+    """
+
+    def __init__(self, config: GatewayConfig, link: Link, outbox: Outbox, *, rng: random.Random, loop: Loop) -> None:
         self.config = config
         self.link = link
         self.counters: Counter[str] = Counter()
+        self.lanes = Lanes(config.models, config.lanes, self.counters, clock=loop.clock, wake=loop.wake)
         self.model_states: Callable[[], list[ModelState]] = list
-        self._clock = clock
+        self._clock = loop.clock
         self._outbox = outbox
-        self._cache = AnswerCache(config.cache, self.counters)
-        self._lanes = {
-            model: _Lane(Batcher(config.max_batch_size, config.max_delay_s, config.max_waiting))
-            for model in config.models
-        }
-        self._acks: dict[int, Callable[[], None]] = {}
-        self._open: list[OpenRequest] = []
+        self._open = 0
+        self._ready: deque[OpenRequest] = deque()
+        self._promised: list[tuple[Row, pb.Answer]] = []
+        self._commit_at = 0.0
         self._forwarder = Forwarder(
             link,
             outbox,
@@ -114,7 +108,7 @@ class Gateway:
         artefact = next((item for item in spec.artefacts if item.tier == Tier.TIER_GATEWAY), None)
         if artefact is None:
             raise ModelError(f"release {spec.release} of {model} has nothing for gateways")
-        self._lanes[model].served = ServedModel(spec, artefact, engine.load(path))
+        self.lanes.serve(model, ServedModel(spec, artefact, engine.load(path, self.config.providers)))
         self._reporter.soon()
 
     # -- requests in ---------------------------------------------------------------------------------------------------
@@ -133,31 +127,29 @@ class Gateway:
         if not isinstance(request, pb.InferenceRequest):
             raise PayloadError("empty", field="payload")
         check_request(request, delivery.address, delivery.response_topic)
-        if len(self._open) >= self.config.max_waiting:
+        if self._open >= self.config.max_open:
             # Only QoS 0 gets here: it knows no receive-maximum, and is sent again.
             self.counters["requests.dropped"] += 1
             delivery.ack()
             return
         self.counters["requests"] += 1
-        now = self._clock()
-        opened = open_request(request, delivery.address, delivery.correlation, now)
-        self._open.append(opened)
-        self._acks[id(opened)] = delivery.ack
-        self._admit(opened, list(request.rows), replay=request.replay, now=now)
-
-    def _admit(self, opened: OpenRequest, rows: list[pb.InferenceRow], *, replay: bool, now: float) -> None:
-        lane = self._lanes.get(opened.model)
-        if lane is None or lane.served is None:
-            refuse_all(opened, rows, pb.STATUS_NOT_FOUND, f"model {opened.model!r} is not served here", "model")
-        elif not lane.batcher.has_room(len(rows)):
-            refuse_all(opened, rows, pb.STATUS_RESOURCE_EXHAUSTED, f"{len(lane.batcher)} rows wait already", "rows")
-        else:
-            for row in parse_rows(opened, rows, lane.served.shape):
-                lane.batcher.add(row, now, replay=replay)
+        self._open += 1
+        opened = OpenRequest(
+            request,
+            delivery.address,
+            self._clock(),
+            self._ready.append,
+            correlation=delivery.correlation,
+            qos=delivery.qos,
+            ack=delivery.ack,
+        )
+        self.lanes.admit(opened, request, len(delivery.payload))
 
     def _on_bad(self, delivery: Delivery, error: PayloadError) -> None:
         """Answer what cannot be parsed, or is not its sender's own; the correlation data says which it was."""
-        reply = pb.InferenceReply(rows=[refusal(0, pb.STATUS_INVALID_ARGUMENT, str(error), error.field)])
+        message = str(error)[:MAX_MESSAGE_CHARS]
+        row = pb.RowReply(status=pb.STATUS_INVALID_ARGUMENT, field=error.field, message=message)
+        reply = pb.InferenceReply(rows=[row])
         sender = delivery.address
         self.link.publish(Route.REPLY, reply, correlation=delivery.correlation, site=sender.site, node=sender.node)
 
@@ -165,70 +157,88 @@ class Gateway:
 
     def flush(self, now: float) -> None:
         """The sockets are drained: run what may leave, make samples durable, then reply and acknowledge."""
-        if not self._open:
-            return
-        answered: list[Answered] = []
-        for lane in self._lanes.values():
-            while (batch := lane.batcher.take(now, drained=True)) is not None:
-                self.counters[batch.left.value] += 1
-                rows = [row for row in batch.rows if not self._is_late(row, now)]
-                if lane.served is not None and rows:
-                    answered += run_batch(lane.served, rows, self._cache, self.counters)
-        self._settle(answered)
-        self._reply()
+        for row, served, outcome in self.lanes.run(now):
+            self._take(row, served, outcome)
+        if self._promised and now >= self._commit_at:
+            self._commit(now)
+        self._reply(now)
 
     def due_at(self) -> float | None:
         """When `flush` has something to do though no socket says so."""
-        dues = [lane.batcher.due_at() for lane in self._lanes.values()]
-        return min((due for due in dues if due is not None), default=None)
+        due = self.lanes.due_at()
+        if not self._promised:
+            return due
+        return self._commit_at if due is None else min(due, self._commit_at)
 
     def tick(self, now: float) -> None:
         self._reporter.tick(now)
         self._outbox.commit()
         self._forwarder.tick(now)
 
-    def _is_late(self, row: Row, now: float) -> bool:
+    def close(self) -> None:
+        """Keep every promise that was about to be made, then end the workers."""
+        now = self._clock()
+        self.flush(now)
+        self._commit(now)
+        self._reply(now)
+        self.lanes.close()
+
+    def _take(self, row: Row, served: ServedModel, outcome: Outcome) -> None:
+        """One row's outcome: an answer now, an answer after the commit that keeps its sample, or a refusal."""
         request = row.request
-        if not request.answer_only or request.deadline is None or now <= request.deadline:
-            return False
-        row.settle(refusal(row.seq, pb.STATUS_DEADLINE_EXCEEDED, "too late to be run", "answer_within_ms"))
-        return True
+        if isinstance(outcome, PayloadError):
+            request.refuse(row.place, pb.STATUS_INVALID_ARGUMENT, str(outcome), row.field)
+        elif isinstance(outcome, ModelError):
+            request.refuse(row.place, pb.STATUS_INTERNAL, str(outcome))
+        elif outcome.outputs and not request.has_room(sum(output.ByteSize() for output in outcome.outputs)):
+            request.refuse(row.place, pb.STATUS_INVALID_ARGUMENT, "the outputs exceed one message", "wants_outputs")
+        else:
+            self._answer(row, served, outcome)
 
-    def _settle(self, answered: list[Answered]) -> None:
-        """Commit the samples of all batches at once; only then may a reply promise them."""
-        for item in answered:
-            promised = item.sample is not None
-            if item.sample is not None and not self._outbox.put(item.sample):
-                message = f"{self._outbox.in_flight} samples wait for the cloud already"
-                item.row.settle(refusal(item.row.seq, pb.STATUS_RESOURCE_EXHAUSTED, message))
-                continue
-            item.row.settle(
-                pb.RowReply(seq=item.row.seq, status=pb.STATUS_OK, answer=item.answer, sample_promised=promised)
-            )
+    def _answer(self, row: Row, served: ServedModel, scored: Scored) -> None:
+        answer = pb.Answer(release=served.release, score=scored.score, label=scored.label, outputs=scored.outputs)
+        sample = sample_of(row, served, scored)
+        if sample is None:
+            row.request.answer(row.place, answer, promised=False)
+        elif self._outbox.put(sample):
+            self._promised.append((row, answer))
+        else:
+            message = f"{self._outbox.in_flight} samples wait for the cloud already"
+            row.request.refuse(row.place, pb.STATUS_RESOURCE_EXHAUSTED, message)
+
+    def _commit(self, now: float) -> None:
+        """Make all promised samples durable at once; only then may a reply promise them."""
+        before = self._clock()
         self._outbox.commit()
+        self._commit_at = now + _COMMIT_PAUSE * (self._clock() - before)
+        for row, answer in self._promised:
+            row.request.answer(row.place, answer, promised=True)
+        self._promised.clear()
 
-    def _reply(self) -> None:
-        still_open: list[OpenRequest] = []
-        for request in self._open:
-            if not request.is_complete:
-                still_open.append(request)
-                continue
+    def _reply(self, now: float) -> None:
+        while self._ready:
+            request = self._ready[0]
             sent = self.link.publish(
-                Route.REPLY, request.reply(), correlation=request.correlation, site=request.site, node=request.device
+                Route.REPLY,
+                request.reply,
+                correlation=request.correlation,
+                qos=request.qos,
+                site=request.site,
+                node=request.device,
             )
             if not sent and self.link.connected:
-                still_open.append(request)  # the window is full; the next PUBACK makes room
-                continue
+                return  # the window is full; the next PUBACK makes room
+            self._ready.popleft()
+            self._open -= 1
             self._count(request, sent=sent)
+            self.lanes.histograms.request_s.observe(now - request.arrived)
             # Unsent means that the link is gone: the device asks again, and this acknowledgement goes nowhere.
-            self._acks.pop(id(request))()
-        self._open = still_open
+            request.ack()
 
     def _count(self, request: OpenRequest, *, sent: bool) -> None:
         self.counters["replies" if sent else "replies.unsent"] += 1
-        for row in request.replies:
-            if row is not None:
-                self.counters[f"rows.{pb.Status.Name(row.status).removeprefix('STATUS_').lower()}"] += 1
+        for row in request.reply.rows:
+            self.counters[_COUNTER_OF_STATUS[row.status]] += 1
 
     # -- small parts -----------------------------------------------------------------------------------------------
 

@@ -1,123 +1,113 @@
-"""A batch of rows of one model: answers, and the samples worth keeping. No I/O but the model call."""
+"""A batch of rows of one model becomes an outcome for each row. No I/O but the model call."""
 
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_gateway.cache import AnswerCache
-from edge_gateway.requests import Row, refusal
-from shoal.delivery.outbox import Item, Key
+from edge_gateway.engine import Outputs
+from edge_gateway.requests import Row
 from shoal.errors import ModelError, PayloadError
-from shoal.release.selftest import Runtime
-from shoal.scoring import scale, score_rows
-from shoal.v1 import inference_pb2 as pb
+from shoal.scoring import Scaler, score_rows
+from shoal.tensors import as_float32, to_tensor
 from shoal.v1.release_pb2 import Artefact, ReleaseSpec
-from shoal.v1.sample_pb2 import Sample
+from shoal.v1.tensor_pb2 import Tensor
 
 
-@dataclass(frozen=True, slots=True)
+class BatchRuntime(Protocol):
+    """A loaded model that takes many rows at once, from any thread."""
+
+    def run_all(self, inputs: NDArray[np.float32]) -> Outputs:
+        """Answer scaled rows (n, *shape) with every output, each (n, ...); the first is the one that is scored."""
+
+
+class Scored(NamedTuple):
+    """What the model said about one row. `outputs` only where they were asked for."""
+
+    score: float
+    label: int | None
+    outputs: tuple[Tensor, ...] = ()
+
+
+# A row's own fault, or the model's.
+Outcome = Scored | PayloadError | ModelError
+
+
 class ServedModel:
-    """One release being served."""
+    """One release being served. Its parts are read by worker threads and never change.
 
-    spec: ReleaseSpec
-    artefact: Artefact
-    runtime: Runtime
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.spec.input.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """A row with the model's answer; `sample` is set when it exceeds the threshold or is an audit reading."""
-
-    row: Row
-    answer: pb.Answer
-    sample: Item | None
-
-
-def run_batch(model: ServedModel, rows: list[Row], cache: AnswerCache, counters: Counter[str]) -> list[Answered]:
-    """Answer rows, from the cache where it can, the others in one model call.
-
-    A row that the model cannot answer is settled here and is not in the result; it spoils no other row's answer.
+    Raises:
+        ModelError: the release's scale cannot be.
     """
-    rows = [row for row in rows if _fits(model, row)]
-    answers: dict[int, pb.Answer] = {}
-    missing: list[int] = []
-    digest = model.artefact.sha256
-    keys = [b"" if cache.is_bypassed else row.values.tobytes() for row in rows]
-    for index, key in enumerate(keys):
-        found = cache.get(digest, key)
-        if found is None:
-            missing.append(index)
-        else:
-            answers[index] = pb.Answer(release=model.spec.release, score=found.score, label=found.label)
-    if missing:
-        fresh = _infer_apart(model, [rows[index] for index in missing], counters)
-        for index, answer in zip(missing, fresh, strict=True):
-            if answer is None:
-                continue
-            answers[index] = answer
-            counters["rows.inferred"] += 1
-            if keys[index]:
-                label = answer.label if answer.HasField("label") else None
-                cache.put(digest, keys[index], answer.score, label)
-    return [Answered(rows[index], answer, _sample(model, rows[index], answer)) for index, answer in answers.items()]
+
+    def __init__(self, spec: ReleaseSpec, artefact: Artefact, runtime: BatchRuntime) -> None:
+        self.spec = spec
+        self.runtime = runtime
+        self.digest = artefact.sha256
+        self.threshold = artefact.threshold
+        self.release = spec.release
+        self.shape = tuple(spec.input.shape)
+        self.values = int(np.prod(self.shape, dtype=np.int64))
+        self.score = spec.score
+        self.scaler = Scaler(spec.input)
 
 
-def _fits(model: ServedModel, row: Row) -> bool:
-    """False, and settled, where the row was unpacked for a release that has been replaced by one of another shape."""
-    if row.values.shape == model.shape:
-        return True
-    row.settle(refusal(row.seq, pb.STATUS_INTERNAL, "the model was replaced while this waited: ask again"))
-    return False
+@dataclass(slots=True)
+class Job:
+    """One model call: what goes in, and once it has run, an outcome for each row."""
+
+    model: ServedModel
+    rows: list[Row]
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Infer; safe in any thread, for it touches nothing but the model."""
+        self.outcomes = infer(self.model, self.rows)
 
 
-def _infer_apart(model: ServedModel, rows: list[Row], counters: Counter[str]) -> list[pb.Answer | None]:
+def infer(model: ServedModel, rows: list[Row]) -> list[Outcome]:
     """Answer rows in one call; where that fails, each half for itself, down to the row at fault."""
     try:
-        return [*_infer(model, np.stack([row.values for row in rows]))]
+        return _infer_together(model, rows)
     except (ModelError, PayloadError) as exc:
-        if len(rows) > 1:
-            half = len(rows) // 2
-            return [*_infer_apart(model, rows[:half], counters), *_infer_apart(model, rows[half:], counters)]
-        counters["model_errors"] += 1
-        status = pb.STATUS_INTERNAL
-        name = ""
-        if isinstance(exc, PayloadError):
-            status, name = pb.STATUS_INVALID_ARGUMENT, f"rows[{rows[0].index}].reading"
-        rows[0].settle(refusal(rows[0].seq, status, str(exc), name))
-        return [None]
+        if len(rows) == 1:
+            return [exc]
+    half = len(rows) // 2
+    return [*infer(model, rows[:half]), *infer(model, rows[half:])]
 
 
-def _infer(model: ServedModel, values: NDArray[np.float32]) -> list[pb.Answer]:
+def _infer_together(model: ServedModel, rows: list[Row]) -> list[Outcome]:
+    values = gather(rows).reshape(len(rows), *model.shape)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused
-        scaled = scale(values, model.spec.input)
+        scaled = model.scaler(values)
         if not np.isfinite(scaled).all():
-            raise PayloadError("a value is too large for the model's scale")
-        scores = score_rows(model.spec.score, scaled, model.runtime.run(scaled))
-    labels = [None] * len(values) if scores.labels is None else scores.labels.tolist()
-    return [
-        pb.Answer(release=model.spec.release, score=score, label=label)
-        for score, label in zip(scores.scores.tolist(), labels, strict=True)
-    ]
+            is_scale = bool(np.isfinite(values).all())
+            raise PayloadError(
+                "a value is too large for the model's scale" if is_scale else "a value is not finite",
+                field=rows[0].field,
+            )
+        outputs = model.runtime.run_all(scaled)
+        scores = score_rows(model.score, scaled, as_float32(outputs[0]))
+    labels = [None] * len(rows) if scores.labels is None else scores.labels.tolist()
+    scored = list(map(Scored, scores.scores.tolist(), labels))
+    for index, row in enumerate(rows):
+        if row.request.wants_outputs:
+            scored[index] = scored[index]._replace(outputs=_tensors(outputs, index))
+    return [*scored]
 
 
-def _sample(model: ServedModel, row: Row, answer: pb.Answer) -> Item | None:
-    """What the cloud wants to see: scores above the threshold, and every audit reading."""
-    wanted = answer.score > model.artefact.threshold or row.question.reason == pb.ASK_REASON_AUDIT
-    if not wanted or row.request.answer_only:
-        return None
-    sample = Sample(
-        reading=row.question.reading,
-        reason=row.question.reason,
-        device_answer=row.question.device_answer if row.question.HasField("device_answer") else None,
-        gateway_answer=answer,
-    )
-    sample.reading.ClearField("device")
-    sample.reading.ClearField("epoch")
-    key = Key(row.request.device, row.request.epoch, row.seq)
-    return Item(key, row.request.model, sample.SerializeToString())
+def gather(rows: list[Row]) -> NDArray[np.float32]:
+    """The rows' values (n, values) as float32: one copy where all came in the same element type."""
+    dtype = rows[0].dtype
+    if all(row.dtype == dtype for row in rows):
+        flat = np.frombuffer(b"".join([row.data for row in rows]), dtype)
+        return as_float32(flat).reshape(len(rows), -1)
+    return np.stack([as_float32(np.frombuffer(row.data, row.dtype)) for row in rows])
+
+
+def _tensors(outputs: Outputs, index: int) -> tuple[Tensor, ...]:
+    try:
+        return tuple(to_tensor(output[index]) for output in outputs)
+    except ValueError as exc:
+        raise ModelError(f"an output cannot travel: {exc}") from exc

@@ -1,60 +1,131 @@
 """From a device's message to rows that a model can take, or to replies that say why not. Pure."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shoal.codec import MAX_ROW_BYTES
 from shoal.errors import MAX_MESSAGE_CHARS, PayloadError
 from shoal.ids import parse_id
 from shoal.routes import Address, Route, topic
-from shoal.tensors import check_epoch, check_identity, reading_values
+from shoal.tensors import check_epoch, check_identity, raw_reading
 from shoal.v1 import inference_pb2 as pb
 
 
-@dataclass(slots=True)
 class OpenRequest:
     """A request until each of its rows has its reply.
 
     Attributes:
-        replies: by row, filled in any order.
+        arrived: seconds of the loop's clock.
+        deadline: the same; None where nobody is in a hurry.
+        qos: of the question, and so of the answer.
+        ack: acknowledges the question; only after the reply is on its way.
+        on_complete: called once, when the last row has its reply.
+        reply: filled in row by row, in any order.
+        unanswered: rows that still lack their reply.
     """
 
-    site: str
-    device: str
-    epoch: bytes
-    model: str
-    correlation: bytes
-    arrived: float
-    deadline: float | None
-    answer_only: bool
-    replies: list[pb.RowReply | None] = field(default_factory=list)
+    __slots__ = (
+        "ack",
+        "answer_only",
+        "arrived",
+        "correlation",
+        "deadline",
+        "device",
+        "epoch",
+        "model",
+        "on_complete",
+        "outputs_bytes",
+        "qos",
+        "reply",
+        "site",
+        "unanswered",
+        "wants_outputs",
+    )
 
-    @property
-    def is_complete(self) -> bool:
-        return all(reply is not None for reply in self.replies)
+    def __init__(
+        self,
+        request: pb.InferenceRequest,
+        sender: Address,
+        now: float,
+        on_complete: "Callable[[OpenRequest], None]",
+        *,
+        correlation: bytes = b"",
+        qos: int = 1,
+        ack: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Begin to answer a checked request."""
+        self.site = sender.site
+        self.device = request.device
+        self.epoch = request.epoch
+        self.model = request.model
+        self.correlation = correlation
+        self.qos = qos
+        self.ack = ack
+        self.on_complete = on_complete
+        self.arrived = now
+        hurry_s = 0.0 if request.replay else request.answer_within_ms / 1000
+        self.deadline = now + hurry_s if hurry_s else None
+        self.answer_only = request.answer_only
+        self.wants_outputs = request.wants_outputs
+        self.outputs_bytes = 0
+        self.reply = pb.InferenceReply(epoch=self.epoch, model=self.model)
+        for row in request.rows:
+            self.reply.rows.add(seq=row.reading.seq)
+        self.unanswered = len(self.reply.rows)
 
-    def reply(self) -> pb.InferenceReply:
-        rows = [row for row in self.replies if row is not None]
-        return pb.InferenceReply(epoch=self.epoch, model=self.model, rows=rows)
+    def is_late(self, now: float) -> bool:
+        """Nobody waits for the answer any more, and nothing else is owed."""
+        return self.answer_only and self.deadline is not None and now > self.deadline
+
+    def has_room(self, outputs_bytes: int) -> bool:
+        """Whether another row's outputs fit the reply; counts them in where they do."""
+        if self.outputs_bytes + outputs_bytes > MAX_ROW_BYTES // 2:
+            return False
+        self.outputs_bytes += outputs_bytes
+        return True
+
+    def answer(self, index: int, answer: pb.Answer, *, promised: bool) -> None:
+        row = self.reply.rows[index]
+        row.status = pb.STATUS_OK
+        row.answer.CopyFrom(answer)
+        row.sample_promised = promised
+        self._settled()
+
+    def refuse(self, index: int, status: pb.Status, message: str, field: str = "") -> None:
+        row = self.reply.rows[index]
+        row.status = status
+        row.field = field
+        row.message = message[:MAX_MESSAGE_CHARS]
+        self._settled()
+
+    def refuse_all(self, status: pb.Status, message: str, field: str = "") -> None:
+        for index in range(len(self.reply.rows)):
+            self.refuse(index, status, message, field)
+
+    def _settled(self) -> None:
+        self.unanswered -= 1
+        if not self.unanswered:
+            self.on_complete(self)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One reading on its way to the model: `values` is (*shape) in the sensor's own units."""
+class Row(NamedTuple):
+    """One reading on its way to the model: its values as they came, row-major, in the sensor's own units."""
 
     request: OpenRequest
-    index: int
+    place: int
     question: pb.InferenceRow
-    values: NDArray[np.float32]
+    dtype: np.dtype[Any]
+    data: bytes
 
     @property
     def seq(self) -> int:
         return self.question.reading.seq
 
-    def settle(self, reply: pb.RowReply) -> None:
-        self.request.replies[self.index] = reply
+    @property
+    def field(self) -> str:
+        return f"rows[{self.place}].reading"
 
 
 def check_request(request: pb.InferenceRequest, sender: Address, response_topic: str) -> None:
@@ -69,52 +140,35 @@ def check_request(request: pb.InferenceRequest, sender: Address, response_topic:
     parse_id(request.model, "model")
     if not request.rows:
         raise PayloadError("no rows", field="rows")
-    derived = topic(Route.REPLY, site=sender.site, node=sender.node)
-    if response_topic not in ("", derived):
-        raise PayloadError(f"{response_topic!r}, expected {derived!r} or none", field="response_topic")
+    if response_topic:
+        derived = topic(Route.REPLY, site=sender.site, node=sender.node)
+        if response_topic != derived:
+            raise PayloadError(f"{response_topic!r}, expected {derived!r} or none", field="response_topic")
 
 
-def open_request(request: pb.InferenceRequest, sender: Address, correlation: bytes, now: float) -> OpenRequest:
-    """Begin to answer a checked request."""
-    hurried = request.answer_within_ms > 0 and not request.replay
-    return OpenRequest(
-        site=sender.site,
-        device=request.device,
-        epoch=request.epoch,
-        model=request.model,
-        correlation=correlation,
-        arrived=now,
-        deadline=now + request.answer_within_ms / 1000 if hurried else None,
-        answer_only=request.answer_only,
-        replies=[None] * len(request.rows),
-    )
+def parse_rows(opened: OpenRequest, request: pb.InferenceRequest, values: int, *, size_bytes: int) -> list[Row]:
+    """Take out the rows that a model of so many values can take; the others are answered INVALID_ARGUMENT.
 
-
-def parse_rows(opened: OpenRequest, rows: list[pb.InferenceRow], shape: tuple[int, ...]) -> list[Row]:
-    """Unpack the rows that the model can take; the others are answered INVALID_ARGUMENT on the spot."""
+    `size_bytes` is the whole message's: weighing each row costs more than reading it.
+    """
     good = []
-    for index, question in enumerate(rows):
-        where = f"rows[{index}].reading"
+    is_small = size_bytes <= MAX_ROW_BYTES
+    for index, question in enumerate(request.rows):
+        reading = question.reading
         try:
-            _check_size(question, f"rows[{index}]")
-            check_identity(opened.device, opened.epoch, question.reading, where)
-            good.append(Row(opened, index, question, reading_values(question.reading, shape, where)))
+            if not is_small:
+                _check_size(question, index)
+            check_identity(opened.device, opened.epoch, reading, f"rows[{index}].reading")
+            dtype, data = raw_reading(reading, values, f"rows[{index}].reading")
         except PayloadError as exc:
-            opened.replies[index] = refusal(question.reading.seq, pb.STATUS_INVALID_ARGUMENT, str(exc), exc.field)
+            opened.refuse(index, pb.STATUS_INVALID_ARGUMENT, str(exc), exc.field)
+        else:
+            good.append(Row(opened, index, question, dtype, data))
     return good
 
 
-def refuse_all(opened: OpenRequest, rows: list[pb.InferenceRow], status: pb.Status, message: str, name: str) -> None:
-    """Answer every row of a request with the same error."""
-    opened.replies = [refusal(row.reading.seq, status, message, name) for row in rows]
-
-
-def refusal(seq: int, status: pb.Status, message: str, name: str = "") -> pb.RowReply:
-    return pb.RowReply(seq=seq, status=status, field=name, message=message[:MAX_MESSAGE_CHARS])
-
-
-def _check_size(question: pb.InferenceRow, field: str) -> None:
+def _check_size(question: pb.InferenceRow, index: int) -> None:
     """As a sample it must still fit one message, whatever fields of a newer schema it carries."""
     size_bytes = question.ByteSize()
     if size_bytes > MAX_ROW_BYTES:
-        raise PayloadError(f"{size_bytes} bytes, at most {MAX_ROW_BYTES}", field=field)
+        raise PayloadError(f"{size_bytes} bytes, at most {MAX_ROW_BYTES}", field=f"rows[{index}]")

@@ -10,7 +10,8 @@ from msgspec import Meta
 
 from edge_gateway.cache import CacheConfig
 from edge_gateway.engine import runtime_name
-from edge_gateway.gateway import MAX_WAITING_ROWS, Gateway, GatewayConfig
+from edge_gateway.gateway import Gateway, GatewayConfig
+from edge_gateway.lanes import MAX_BATCH_SIZE, LaneConfig
 from shoal.config import BrokerSettings, link_config
 from shoal.delivery.outbox import Limits, Outbox
 from shoal.errors import ConfigError, PayloadError
@@ -44,7 +45,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     trusted_root: str
     broker: BrokerSettings = msgspec.field(default_factory=BrokerSettings)
     devices: list[str] = []
-    max_batch_size: Annotated[int, Meta(gt=0, le=MAX_WAITING_ROWS)] = 32
+    max_batch_size: Annotated[int, Meta(gt=0, le=MAX_BATCH_SIZE)] = 32
     max_delay_ms: _NotNegative = 0.0
     cache_bytes: Annotated[int, Meta(ge=0)] = 16 << 20
     outbox_items: _Count = 200_000
@@ -60,9 +61,11 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             node=self.node,
             models=self.models,
             devices=self.devices,
-            max_batch_size=self.max_batch_size,
-            max_delay_s=self.max_delay_ms / 1000,
-            cache=CacheConfig(max_bytes=self.cache_bytes),
+            lanes=LaneConfig(
+                max_batch_size=self.max_batch_size,
+                max_delay_s=self.max_delay_ms / 1000,
+                cache=CacheConfig(max_bytes=self.cache_bytes),
+            ),
             state_interval_s=self.state_interval_s,
             sample_linger_s=self.sample_linger_s,
             retry_after_s=self.retry_after_s,
@@ -82,7 +85,7 @@ def run(settings: GatewaySettings) -> None:
     loop = Loop()
     rng = random.SystemRandom()
     outbox = Outbox(directory / "outbox.sqlite", Limits(settings.outbox_items, settings.outbox_bytes))
-    gateway = Gateway(settings.gateway_config(), link, outbox, rng=rng, clock=loop.clock)
+    gateway = Gateway(settings.gateway_config(), link, outbox, rng=rng, loop=loop)
     updates = UpdateClient(
         link,
         TrustStore(directory / "trust", root),
@@ -147,7 +150,7 @@ def drive(gateway: Gateway, loop: Loop) -> None:
     loop.call_every(_TICK_S, gateway.tick)
     loop.on_idle(_flusher(gateway, loop))
     loop.run()
-    gateway.flush(loop.clock())
+    gateway.close()
     gateway.link.close()
     loop.close()
 

@@ -17,26 +17,42 @@ class Scores:
     labels: NDArray[np.int64] | None
 
 
-def scale(values: NDArray[np.float32], schema: pb.InputSchema) -> NDArray[np.float32]:
-    """Scale readings with the statistics that the release carries.
+class Scaler:
+    """Scales readings with the statistics that a release carries.
 
     Args:
-        values: (n, *shape), in the sensor's own units.
         schema: mean and std of the training set, one for each channel or one for all.
 
     Raises:
-        ModelError: the channel counts differ, or a deviation is not positive.
+        ModelError: a deviation is not positive, or there are not as many as means.
     """
-    mean = np.asarray(schema.mean, dtype=np.float32)
-    std = np.asarray(schema.std, dtype=np.float32)
-    if mean.size not in (1, values.shape[-1]) or std.size != mean.size:
-        raise ModelError(
-            f"{values.shape[-1]} channels, but the release has {mean.size} means and {std.size} deviations"
-        )
-    if not (std > 0).all():
-        raise ModelError(f"a deviation is not positive: {std.min()}")
-    with np.errstate(over="ignore"):  # absurdly far from the mean is infinitely far
-        return np.asarray((values - mean) / std, dtype=np.float32)
+
+    def __init__(self, schema: pb.InputSchema) -> None:
+        self._mean = np.asarray(schema.mean, dtype=np.float32)
+        self._std = np.asarray(schema.std, dtype=np.float32)
+        if self._std.size != self._mean.size:
+            raise ModelError(f"the release has {self._mean.size} means and {self._std.size} deviations")
+        if not (self._std > 0).all():
+            raise ModelError(f"a deviation is not positive: {self._std.min()}")
+        self._is_identity = bool((self._mean == 0).all() and (self._std == 1).all())
+
+    def __call__(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Scale readings (n, *shape) in the sensor's own units.
+
+        Raises:
+            ModelError: the channel counts differ.
+        """
+        if self._mean.size not in (1, values.shape[-1]):
+            raise ModelError(f"{values.shape[-1]} channels, but the release has {self._mean.size} means")
+        if self._is_identity:
+            return values
+        with np.errstate(over="ignore", invalid="ignore"):  # absurdly far from the mean is infinitely far
+            return np.asarray((values - self._mean) / self._std, dtype=np.float32)
+
+
+def scale(values: NDArray[np.float32], schema: pb.InputSchema) -> NDArray[np.float32]:
+    """Scale readings once; see `Scaler`."""
+    return Scaler(schema)(values)
 
 
 def score_rows(kind: pb.ScoreKind, scaled: NDArray[np.float32], outputs: NDArray[np.float32]) -> Scores:

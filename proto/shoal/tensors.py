@@ -24,6 +24,7 @@ DTYPES: Mapping[pb.DType, np.dtype[Any]] = MappingProxyType(
         pb.D_TYPE_FLOAT64: np.dtype("<f8"),
     }
 )
+_FLOAT32 = DTYPES[pb.D_TYPE_FLOAT32]
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAX_DIMENSIONS = 8
 # The wire has 64 bits; SQLite, which every store is, has 63 and a sign.
@@ -48,23 +49,51 @@ def to_array(tensor: pb.Tensor, field: str = "tensor") -> NDArray[Any]:
     Raises:
         PayloadError: unknown dtype, or the shape does not explain the bytes.
     """
-    dtype = DTYPES.get(tensor.dtype)
-    if dtype is None:
-        raise PayloadError(f"unknown element type {tensor.dtype}", field=f"{field}.dtype")
-    # First: the product of all the dimensions that a message can hold takes seconds.
-    if len(tensor.shape) > _MAX_DIMENSIONS:
-        raise PayloadError(f"{len(tensor.shape)} dimensions, at most {_MAX_DIMENSIONS}", field=f"{field}.shape")
+    dtype, _ = _check_tensor(tensor, field)
     shape = tuple(tensor.shape)
-    # math.prod, because numpy's overflows to 0 on a hostile shape.
-    expected = math.prod(shape) * dtype.itemsize
-    if expected != len(tensor.data):
-        raise PayloadError(
-            f"{list(shape)} of {dtype} needs {expected} bytes, got {len(tensor.data)}", field=f"{field}.data"
-        )
     try:
         return np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
     except ValueError as exc:  # beside a 0, dimensions that numpy cannot multiply
         raise PayloadError(f"{list(shape)} is too large", field=f"{field}.shape") from exc
+
+
+def _check_tensor(tensor: pb.Tensor, field: str) -> tuple[np.dtype[Any], int]:
+    """Its element type and how many there are, once the bytes agree."""
+    dtype = DTYPES.get(tensor.dtype)
+    if dtype is None:
+        raise PayloadError(f"unknown element type {tensor.dtype}", field=f"{field}.dtype")
+    shape = tensor.shape
+    # First: the product of all the dimensions that a message can hold takes seconds.
+    if len(shape) > _MAX_DIMENSIONS:
+        raise PayloadError(f"{len(shape)} dimensions, at most {_MAX_DIMENSIONS}", field=f"{field}.shape")
+    # math.prod, because numpy's overflows to 0 on a hostile shape.
+    count = math.prod(shape)
+    expected = count * dtype.itemsize
+    if expected != len(tensor.data):
+        raise PayloadError(
+            f"{list(shape)} of {dtype} needs {expected} bytes, got {len(tensor.data)}", field=f"{field}.data"
+        )
+    return dtype, count
+
+
+def raw_reading(reading: SensorData, count: int, field: str = "reading") -> tuple[np.dtype[Any], bytes]:
+    """Return a reading's element type and its `count` values as they came; whether they are finite is not looked at.
+
+    Raises:
+        PayloadError: no value, unknown dtype, or the shape does not explain the bytes or the count.
+    """
+    kind = reading.WhichOneof("value")
+    if kind == "tensor":
+        dtype, found = _check_tensor(reading.tensor, f"{field}.tensor")
+        data = reading.tensor.data
+    elif kind == "scalars":
+        dtype, found = _FLOAT32, len(reading.scalars.values)
+        data = np.array(reading.scalars.values, dtype=dtype).tobytes()
+    else:
+        raise PayloadError(f"carries {kind or 'no value'}, expected scalars or tensor", field=field)
+    if found != count:
+        raise PayloadError(f"{found} values, expected {count}", field=f"{field}.{kind}")
+    return dtype, data
 
 
 def reading_values(reading: SensorData, shape: Sequence[int], field: str = "reading") -> NDArray[np.float32]:
@@ -73,21 +102,17 @@ def reading_values(reading: SensorData, shape: Sequence[int], field: str = "read
     Raises:
         PayloadError: no value, wrong number of values, or a value that is not finite.
     """
-    kind = reading.WhichOneof("value")
-    if kind == "scalars":
-        flat: NDArray[Any] = np.array(reading.scalars.values, dtype=np.float32)
-    elif kind == "tensor":
-        flat = to_array(reading.tensor, f"{field}.tensor")
-    else:
-        raise PayloadError(f"carries {kind or 'no value'}, expected scalars or tensor", field=field)
-    if flat.size != math.prod(shape):
-        raise PayloadError(f"{flat.size} values, expected {list(shape)}", field=f"{field}.{kind}")
-    # A double too large becomes infinite, a signalling NaN a quiet one; both are refused below.
-    with np.errstate(over="ignore", invalid="ignore"):
-        values = flat.astype(np.float32).reshape(tuple(shape))
+    dtype, data = raw_reading(reading, math.prod(shape), field)
+    values = as_float32(np.frombuffer(data, dtype)).reshape(tuple(shape))
     if not np.isfinite(values).all():
-        raise PayloadError("a value is not finite", field=f"{field}.{kind}")
+        raise PayloadError("a value is not finite", field=f"{field}.{reading.WhichOneof('value')}")
     return values
+
+
+def as_float32(values: NDArray[Any]) -> NDArray[np.float32]:
+    """What models compute with: a double too large becomes infinite, a signalling NaN a quiet one."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return values.astype(np.float32, copy=False)
 
 
 def check_identity(device: str, epoch: bytes, reading: SensorData, field: str = "reading") -> None:

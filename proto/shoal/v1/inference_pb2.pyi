@@ -1,4 +1,5 @@
 from shoal.v1 import sensor_pb2 as _sensor_pb2
+from shoal.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -37,14 +38,16 @@ STATUS_DEADLINE_EXCEEDED: Status
 STATUS_INTERNAL: Status
 
 class Answer(_message.Message):
-    __slots__ = ("release", "score", "label")
+    __slots__ = ("release", "score", "label", "outputs")
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     LABEL_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     release: int
     score: float
     label: int
-    def __init__(self, release: _Optional[int] = ..., score: _Optional[float] = ..., label: _Optional[int] = ...) -> None: ...
+    outputs: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]
+    def __init__(self, release: _Optional[int] = ..., score: _Optional[float] = ..., label: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ...) -> None: ...
 
 class InferenceRow(_message.Message):
     __slots__ = ("reading", "reason", "device_answer")
@@ -57,7 +60,7 @@ class InferenceRow(_message.Message):
     def __init__(self, reading: _Optional[_Union[_sensor_pb2.SensorData, _Mapping]] = ..., reason: _Optional[_Union[AskReason, str]] = ..., device_answer: _Optional[_Union[Answer, _Mapping]] = ...) -> None: ...
 
 class InferenceRequest(_message.Message):
-    __slots__ = ("device", "epoch", "model", "rows", "answer_within_ms", "answer_only", "replay")
+    __slots__ = ("device", "epoch", "model", "rows", "answer_within_ms", "answer_only", "replay", "wants_outputs")
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +68,7 @@ class InferenceRequest(_message.Message):
     ANSWER_WITHIN_MS_FIELD_NUMBER: _ClassVar[int]
     ANSWER_ONLY_FIELD_NUMBER: _ClassVar[int]
     REPLAY_FIELD_NUMBER: _ClassVar[int]
+    WANTS_OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     device: str
     epoch: bytes
     model: str
@@ -72,7 +76,8 @@ class InferenceRequest(_message.Message):
     answer_within_ms: int
     answer_only: bool
     replay: bool
-    def __init__(self, device: _Optional[str] = ..., epoch: _Optional[bytes] = ..., model: _Optional[str] = ..., rows: _Optional[_Iterable[_Union[InferenceRow, _Mapping]]] = ..., answer_within_ms: _Optional[int] = ..., answer_only: _Optional[bool] = ..., replay: _Optional[bool] = ...) -> None: ...
+    wants_outputs: bool
+    def __init__(self, device: _Optional[str] = ..., epoch: _Optional[bytes] = ..., model: _Optional[str] = ..., rows: _Optional[_Iterable[_Union[InferenceRow, _Mapping]]] = ..., answer_within_ms: _Optional[int] = ..., answer_only: _Optional[bool] = ..., replay: _Optional[bool] = ..., wants_outputs: _Optional[bool] = ...) -> None: ...
 
 class RowReply(_message.Message):
     __slots__ = ("seq", "status", "answer", "sample_promised", "field", "message")
