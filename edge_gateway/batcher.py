@@ -32,13 +32,13 @@ class _Turns(Generic[T]):
     def __init__(self) -> None:
         self._queues: dict[str, deque[tuple[float, T]]] = {}
         self._turns: deque[str] = deque()
-        self._rows = 0
 
-    def __len__(self) -> int:
-        return self._rows
+    def __bool__(self) -> bool:
+        return bool(self._turns)
 
     def waiting(self, owner: str) -> int:
-        return len(self._queues.get(owner, ()))
+        queue = self._queues.get(owner)
+        return 0 if queue is None else len(queue)
 
     def add(self, owner: str, row: T, now: float) -> None:
         queue = self._queues.get(owner)
@@ -46,13 +46,11 @@ class _Turns(Generic[T]):
             queue = self._queues[owner] = deque()
             self._turns.append(owner)
         queue.append((now, row))
-        self._rows += 1
 
     def pop(self) -> tuple[float, T]:
         owner = self._turns.popleft()
         queue = self._queues[owner]
         taken = queue.popleft()
-        self._rows -= 1
         if queue:
             self._turns.append(owner)
         else:
@@ -90,13 +88,14 @@ class Batcher(Generic[T]):
         self._max_waiting_per_owner = max_waiting_per_owner
         self._fresh: _Turns[T] = _Turns()
         self._replays: _Turns[T] = _Turns()
+        self._waiting = 0
 
     def __len__(self) -> int:
-        return len(self._fresh) + len(self._replays)
+        return self._waiting
 
     def has_room(self, owner: str, rows: int) -> bool:
         """Whether so many rows of this owner may come in together."""
-        if len(self) + rows > self._max_waiting:
+        if self._waiting + rows > self._max_waiting:
             return False
         return self._fresh.waiting(owner) + self._replays.waiting(owner) < self._max_waiting_per_owner
 
@@ -106,16 +105,16 @@ class Batcher(Generic[T]):
         Raises:
             ValueError: there is no room; ask `has_room` first.
         """
-        if len(self) >= self._max_waiting:
-            raise ValueError(f"{len(self)} rows wait already")
+        if self._waiting >= self._max_waiting:
+            raise ValueError(f"{self._waiting} rows wait already")
+        self._waiting += 1
         (self._replays if replay else self._fresh).add(owner, row, now)
 
     def take(self, now: float, *, drained: bool) -> Batch[T] | None:
         """The next batch that may leave; call until None."""
-        waiting = len(self)
-        if not waiting:
+        if not self._waiting:
             return None
-        if waiting >= self.max_rows:
+        if self._waiting >= self.max_rows:
             left = Left.FULL
         elif drained and self._max_delay_s == 0:
             left = Left.DRAINED
@@ -125,13 +124,14 @@ class Batcher(Generic[T]):
             return None
         taken: list[tuple[float, T]] = []
         for queue in (self._fresh, self._replays):
-            while len(queue) and len(taken) < self.max_rows:
+            while queue and len(taken) < self.max_rows:
                 taken.append(queue.pop())
+        self._waiting -= len(taken)
         return Batch([row for _, row in taken], left, min(at for at, _ in taken))
 
     def due_at(self) -> float | None:
         """When a batch will have waited long enough; None when nothing waits."""
-        return self._first_at() + self._max_delay_s if len(self) else None
+        return self._first_at() + self._max_delay_s if self._waiting else None
 
     def _first_at(self) -> float:
-        return min(queue.first_at() for queue in (self._fresh, self._replays) if len(queue))
+        return min(queue.first_at() for queue in (self._fresh, self._replays) if queue)

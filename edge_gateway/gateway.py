@@ -76,7 +76,7 @@ class Gateway:
         self.config = config
         self.link = link
         self.counters: Counter[str] = Counter()
-        self.lanes = Lanes(config.models, config.lanes, self.counters, clock=loop.clock, wake=loop.wake)
+        self.lanes = Lanes(config.models, config.lanes, self.counters, wake=loop.wake)
         self.model_states: Callable[[], list[ModelState]] = list
         self._clock = loop.clock
         self._outbox = outbox
@@ -242,8 +242,24 @@ class Gateway:
 
     # -- small parts -----------------------------------------------------------------------------------------------
 
+    def all_counters(self) -> Counter[str]:
+        """The gateway's, its outbox's and its link's."""
+        return self.counters + sample_counters(self._outbox) + self.link.counters
+
+    def ailment(self) -> str:
+        """What keeps it from answering; empty where nothing does."""
+        if not (self.link.connected and self.link.is_subscribed):
+            return "not connected to the broker"
+        missing = self.lanes.unserved()
+        return f"no release yet of {', '.join(missing)}" if missing else ""
+
     def _report(self) -> Report:
-        counters = self.counters + sample_counters(self._outbox) + self.link.counters
+        counters = self.all_counters()
+        for name, histogram in (("request", self.lanes.histograms.request_s), ("queue", self.lanes.histograms.queue_s)):
+            for share in (50, 99):
+                bound = histogram.quantile(share / 100)
+                if bound < float("inf"):
+                    counters[f"{name}.p{share}_us"] = int(bound * 1_000_000)
         return Report(counters, self.model_states())
 
     def _report_now(self) -> str:

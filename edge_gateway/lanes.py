@@ -81,13 +81,11 @@ class Lanes:
         config: LaneConfig,
         counters: Counter[str],
         *,
-        clock: Callable[[], float],
         wake: Callable[[], None],
     ) -> None:
         self.histograms = Histograms()
         self._config = config
         self._counters = counters
-        self._clock = clock
         self._wake = wake
         self._cache = AnswerCache(config.cache, counters)
         self._lanes = {
@@ -137,6 +135,10 @@ class Lanes:
         """When `run` has something to do though no socket says so."""
         dues = [lane.batcher.due_at() for lane in self._lanes.values() if not lane.is_slow or not lane.running]
         return min((due for due in dues if due is not None), default=None)
+
+    def unserved(self) -> list[str]:
+        """The models whose first release has not come yet."""
+        return [model for model, lane in self._lanes.items() if lane.served is None]
 
     def close(self) -> None:
         """End the workers; what they have not finished is asked again."""

@@ -1,7 +1,10 @@
 """The gateway as a process: one loop, one link, one outbox, and the update client that brings its models."""
 
+import os
 import random
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,9 +12,10 @@ import msgspec
 from msgspec import Meta
 
 from edge_gateway.cache import CacheConfig
-from edge_gateway.engine import runtime_name
+from edge_gateway.engine import CPU, runtime_name
 from edge_gateway.gateway import Gateway, GatewayConfig
 from edge_gateway.lanes import MAX_BATCH_SIZE, LaneConfig
+from edge_gateway.metrics import GatewayCollector, MetricsServer
 from shoal.config import BrokerSettings, link_config
 from shoal.delivery.outbox import Limits, Outbox
 from shoal.errors import ConfigError, PayloadError
@@ -29,6 +33,9 @@ from shoal.v1.release_pb2 import Tier
 _TICK_S = 0.05
 # What a gateway missed while it was away is sent again by the devices: no session.
 SESSION_EXPIRY_S = 0
+# Requests and replies under way: several full batches, and what a site's devices ask at once. The shipped broker
+# profiles allow as many.
+_WINDOW = 500
 
 # Checked while the file is read, so that the message names the key.
 _NotNegative = Annotated[float, Meta(ge=0)]
@@ -54,6 +61,10 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sample_linger_s: _NotNegative = 0.5
     retry_after_s: Annotated[float, Meta(gt=0)] = 10.0
     probation_s: _NotNegative = 10.0
+    max_waiting_per_device: _Count = 64
+    workers: Annotated[int, Meta(ge=0)] = 0
+    providers: Annotated[list[str], Meta(min_length=1)] = msgspec.field(default_factory=lambda: [CPU])
+    metrics_address: str = "127.0.0.1:5000"
 
     def gateway_config(self) -> GatewayConfig:
         return GatewayConfig(
@@ -64,8 +75,11 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             lanes=LaneConfig(
                 max_batch_size=self.max_batch_size,
                 max_delay_s=self.max_delay_ms / 1000,
+                max_waiting_per_device=self.max_waiting_per_device,
+                workers=self.workers or os.cpu_count() or 1,
                 cache=CacheConfig(max_bytes=self.cache_bytes),
             ),
+            providers=self.providers,
             state_interval_s=self.state_interval_s,
             sample_linger_s=self.sample_linger_s,
             retry_after_s=self.retry_after_s,
@@ -90,7 +104,10 @@ def run(settings: GatewaySettings) -> None:
         link,
         TrustStore(directory / "trust", root),
         directory / "models",
-        [NodeModel(model, Tier.TIER_GATEWAY, runtime_name(), settings.probation_s) for model in settings.models],
+        [
+            NodeModel(model, Tier.TIER_GATEWAY, runtime_name(settings.providers), settings.probation_s)
+            for model in settings.models
+        ],
         node=settings.node,
         self_test=ChildSelfTest("edge_gateway.engine"),
         activate=gateway.activate,
@@ -101,10 +118,12 @@ def run(settings: GatewaySettings) -> None:
     updates.start()
     loop.call_every(_TICK_S, updates.tick)
     try:
-        serve(gateway, loop)
+        with serving_metrics(gateway, settings.metrics_address):
+            serve(gateway, loop)
     finally:
         updates.close()
         outbox.close()
+        loop.close()
 
 
 def _check_names(settings: GatewaySettings) -> None:
@@ -135,7 +154,16 @@ def _make_directory(settings: GatewaySettings) -> Path:
 
 
 def open_link(config: LinkConfig, site: str, node: str) -> Link:
-    return Link(config, node_identity(site, node, "gateway"))
+    windows = replace(config, max_inflight=_WINDOW, receive_maximum=_WINDOW)
+    return Link(windows, node_identity(site, node, "gateway"))
+
+
+def serving_metrics(gateway: Gateway, address: str) -> AbstractContextManager[object]:
+    """Serve Prometheus while the block runs; an empty address serves nothing."""
+    if not address:
+        return nullcontext()
+    collector = GatewayCollector(gateway.all_counters, gateway.lanes.histograms)
+    return MetricsServer(address, collector, gateway.ailment)
 
 
 def serve(gateway: Gateway, loop: Loop) -> None:
@@ -152,7 +180,6 @@ def drive(gateway: Gateway, loop: Loop) -> None:
     loop.run()
     gateway.close()
     gateway.link.close()
-    loop.close()
 
 
 def _flusher(gateway: Gateway, loop: Loop) -> Callable[[float], None]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fleet_console.broker import BrokerKind, choose_kind, run_foreground
+from fleet_console.gateway_cli import gateway_app
 from fleet_console.keys_cli import keys_app
 from fleet_console.release_cli import models, release_app
 from shoal.errors import ShoalError
@@ -23,9 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-app.add_typer(keys_app, name="keys")
-app.add_typer(release_app, name="release")
-app.command()(models)
 _INTERRUPTED = 130
 
 
@@ -119,16 +117,6 @@ def agent(config: ConfigOption) -> None:
     run(load_config(config, AgentSettings))
 
 
-@app.command()
-def gateway(config: ConfigOption) -> None:
-    """Run a gateway; see docs/gateway.md."""
-    from edge_gateway.service import GatewaySettings, run  # noqa: PLC0415
-    from shoal.config import load_config  # noqa: PLC0415
-
-    _log_to_stderr()
-    run(load_config(config, GatewaySettings))
-
-
 class CloudService(StrEnum):
     """What `shoal cloud` takes."""
 
@@ -155,6 +143,12 @@ def cloud(service: Annotated[CloudService, typer.Argument(help="Which service.")
         services.run_trainer(settings, config)
     else:
         services.run_publisher(settings)
+
+
+app.add_typer(gateway_app, name="gateway")
+app.add_typer(release_app, name="release")
+app.command()(models)
+app.add_typer(keys_app, name="keys")
 
 
 def main() -> NoReturn:

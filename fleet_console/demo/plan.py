@@ -125,6 +125,7 @@ def make_config(options: Options, broker_url: str) -> Config:
         state_interval_s=5.0,
     )
     gateway = GatewaySettings(
+        metrics_address="",  # two demos at once would want the same port
         site=SITE,
         node=GATEWAY,
         models=[SENSORS, CAMERAS],

@@ -182,7 +182,7 @@ class Link:
         else:
             payload, properties = encode(message), _kind_properties(CONTENT_TYPE, schema_of(message))
         if correlation:
-            properties += correlation_property(correlation)
+            properties = correlation_property(correlation) + properties
         if expiry_s is not None:
             properties += expiry_property(expiry_s)
         packet_id = self._expect_answer(client, on_done) if chosen_qos else 0

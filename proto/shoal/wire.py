@@ -6,6 +6,7 @@ else a gateway does with a small request. What is rare or strange (`None` below)
 Source: MQTT 5.0, sections 2.2.2 (properties), 3.3 (PUBLISH), 3.4 (PUBACK).
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 PUBLISH = 0x30
@@ -98,7 +99,19 @@ def parse_publish(data: bytes, start: int, body: int, end: int) -> Publish | Non
 
 def _parse_properties(data: bytes, at: int, end: int) -> tuple[bytes, bytes] | None:
     """Correlation data and response topic; None where a property is unknown or runs over the end."""
+    if at + 3 <= end and data[at] == _CORRELATION:
+        # Written first by our own encoder; what follows is the same for all messages of one kind.
+        value_at = at + 3
+        at = value_at + (data[at + 1] << 8 | data[at + 2])
+        rest = _parse_rest(data[at:end]) if at <= end else None
+        return None if rest is None else (data[value_at:at] or rest[0], rest[1])
+    return _parse_rest(data[at:end])
+
+
+@lru_cache(maxsize=256)
+def _parse_rest(data: bytes) -> tuple[bytes, bytes] | None:
     correlation = response_topic = b""
+    at, end = 0, len(data)
     while at < end:
         kind = data[at]
         if kind == _MESSAGE_EXPIRY:
@@ -146,7 +159,7 @@ def expiry_property(expiry_s: int) -> bytes:
 
 
 def encode_publish(topic: bytes, payload: bytes, *, qos: int, retain: bool, packet_id: int, properties: bytes) -> bytes:
-    """Encode a PUBLISH; `properties` are encoded already, `packet_id` is left out at QoS 0.
+    """Encode a PUBLISH; `properties` are encoded already, correlation data first, `packet_id` is left out at QoS 0.
 
     Raises:
         ValueError: it is larger than MQTT can say.

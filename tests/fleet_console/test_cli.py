@@ -87,7 +87,7 @@ def run(monkeypatch, capsys):
     return run
 
 
-SERVICES = [["agent"], ["gateway"], *(["cloud", service.value] for service in CloudService)]
+SERVICES = [["agent"], ["gateway", "run"], *(["cloud", service.value] for service in CloudService)]
 
 
 @pytest.mark.parametrize("service", SERVICES, ids=" ".join)
