@@ -29,9 +29,10 @@ from shoal.codec import CONTENT_TYPE, OPAQUE_CONTENT_TYPE, encode, schema_of
 from shoal.errors import ConfigError, LinkError
 from shoal.inbox import BadHook, Handler, Inbox
 from shoal.link_config import Identity, LinkConfig
-from shoal.loop import Loop, Socket
+from shoal.loop import Loop, Socket, Timer
 from shoal.mqtt_client import WireClient
 from shoal.routes import ROUTES, Route, topic, topic_filter
+from shoal.subscriptions import Subscriptions
 from shoal.v1.node_pb2 import Presence
 from shoal.wire import (
     Puback,
@@ -87,7 +88,10 @@ class Link:
         self._closing = False
         self._session = b""
         self._inbox = Inbox(self.counters)
-        self._filters: dict[str, Route] = {}
+        self._subscriptions = Subscriptions()
+        self._asking: Timer | None = None
+        self._is_reading = False
+        self._watches_writes = False
         self._pending: dict[int, Done | None] = {}
         self._window = config.max_inflight
         self._on_connect_hooks: list[Callable[[], None]] = []
@@ -122,6 +126,8 @@ class Link:
     ) -> None:
         """Receive what matches; remembered and repeated at each connect.
 
+        The broker is asked once this round of the loop is over, so that many topics share a packet.
+
         With `ack_late` the handler (or what it hands the delivery to) calls `delivery.ack()` itself.
 
         Raises:
@@ -131,14 +137,13 @@ class Link:
             raise ValueError(f"{route} is retained; shared subscriptions receive no retained messages")
         pattern = topic_filter(route, group=group, **segments)
         self._inbox.register(route, handler, ack_late=ack_late)
-        self._filters[pattern] = route
-        if self.connected:
-            self._subscribe_now([pattern])
+        self._subscriptions.add(pattern, route)
+        if self.connected and self._loop is not None and self._asking is None:
+            self._asking = self._loop.call_at(self._loop.clock(), self._ask)
 
     def unsubscribe(self, route: Route, *, group: str | None = None, **segments: str) -> None:
-        pattern = topic_filter(route, group=group, **segments)
-        if self._filters.pop(pattern, None) is not None and self.connected and self._client is not None:
-            self._client.unsubscribe(pattern)
+        """Take a subscription back. The broker hears of it with the next subscription, or within a second."""
+        self._subscriptions.remove(topic_filter(route, group=group, **segments))
 
     def room(self) -> int:
         """How many messages `publish` would take now."""
@@ -224,6 +229,8 @@ class Link:
     def _tick(self, now: float) -> None:
         if self._client is not None:
             self._client.loop_misc()
+        if self.connected:
+            self._ask(now)
         if self._client is None and self._retry_at is not None and now >= self._retry_at:
             self._connect(now)
 
@@ -293,6 +300,9 @@ class Link:
         self._client = None
         self._outgoing.clear()
         self.connected = self.is_subscribed = False
+        if self._asking is not None:
+            self._asking.cancel()
+            self._asking = None
         pending, self._pending = self._pending, {}
         for done in pending.values():
             if done is not None:
@@ -304,6 +314,7 @@ class Link:
         # Both ends need it: with Nagle on either, a round trip costs about 45 ms.
         cast("socket.socket", sock).setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._loop is not None:
+            self._watches_writes = False
             self._loop.watch(sock, partial(self._readable, client), client.loop_write)
 
     def _socket_closed(self, _client: Client, _userdata: object, sock: Socket) -> None:
@@ -311,21 +322,32 @@ class Link:
             self._loop.unwatch(sock)
 
     def _write_wanted(self, _client: Client, _userdata: object, sock: Socket, *, wanted: bool) -> None:
-        if self._loop is not None:
+        if self._loop is not None and not self._is_reading and wanted != self._watches_writes:
+            self._watches_writes = wanted
             self._loop.want_write(sock, wanted=wanted)
 
     def _readable(self, client: Client) -> None:
-        client.loop_read()
-        sock: Any = client.socket()
-        while sock is not None and hasattr(sock, "pending") and sock.pending():
-            client.loop_read()  # bytes that TLS has decrypted make no socket readable
-            sock = client.socket()
+        """Read what is there and send the answers to it at once: only what does not fit waits for the selector."""
+        self._is_reading = True
+        try:
+            client.loop_read()
+            sock: Any = client.socket()
+            while sock is not None and hasattr(sock, "pending") and sock.pending():
+                client.loop_read()  # bytes that TLS has decrypted make no socket readable
+                sock = client.socket()
+            if client.want_write():
+                client.loop_write()
+        finally:
+            self._is_reading = False
+        sock = client.socket()
+        if sock is not None:
+            self._write_wanted(client, None, sock, wanted=client.want_write())
 
     def _connected(
         self,
         _client: Client,
         _userdata: object,
-        _flags: ConnectFlags,
+        flags: ConnectFlags,
         reason: ReasonCode,
         properties: Properties | None,
     ) -> None:
@@ -341,8 +363,8 @@ class Link:
         if largest is not None and largest < _SMALLEST_USEFUL_PACKET:
             log.error("broker's maximum packet size is %d: model chunks cannot pass, raise max_packet_size", largest)
         self._publish_presence(online=True)
-        if self._filters:
-            self._subscribe_now(list(self._filters))
+        self._subscriptions.connect(session_present=flags.session_present)
+        self._ask(0.0)
         for hook in self._on_connect_hooks:
             hook()
 
@@ -428,14 +450,16 @@ class Link:
             self._outgoing.clear()
             self._client.send_packets(packets)
 
-    def _subscribe_now(self, patterns: list[str]) -> None:
+    def _ask(self, _now: float) -> None:
+        """Tell the broker what is wanted now and what no longer is."""
+        self._asking = None
         if self._client is None:
             return
-        again = [pattern for pattern in patterns if ROUTES[self._filters[pattern]].retain]
-        if again:
-            # iotcore sends retained messages only for a subscription that it does not have yet.
-            self._client.unsubscribe(again)
-        self._client.subscribe([(pattern, SubscribeOptions(qos=1)) for pattern in patterns])
+        packets = self._subscriptions.take()
+        for patterns in packets.unsubscribe:
+            self._client.unsubscribe(patterns)
+        for patterns in packets.subscribe:
+            self._client.subscribe([(pattern, SubscribeOptions(qos=1)) for pattern in patterns])
 
     def _presence(self, *, online: bool) -> Presence:
         return Presence(

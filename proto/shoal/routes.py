@@ -88,6 +88,10 @@ class Address:
     sha256: str = ""
 
 
+# Read once: topics are spelled for every message.
+_NAMES = {route: tuple(_SEGMENT.findall(spec.template)) for route, spec in ROUTES.items()}
+
+
 def _checked(name: str, value: str) -> str:
     if name == "sha256":
         if not _SHA256_HEX.fullmatch(value):
@@ -105,16 +109,13 @@ def topic(route: Route, **segments: str) -> str:
         KeyError: a segment of the route is missing.
         PayloadError: a segment is not a valid id.
     """
-    template = ROUTES[route].template
-    return template.format(**{name: _checked(name, segments[name]) for name in _SEGMENT.findall(template)})
+    return ROUTES[route].template.format(**{name: _checked(name, segments[name]) for name in _NAMES[route]})
 
 
 def topic_filter(route: Route, *, group: str | None = None, **segments: str) -> str:
     """Return the filter for `route` where segments not given are `+`, in shared `group` if one is named."""
-    template = ROUTES[route].template
-    names = _SEGMENT.findall(template)
-    chosen = {name: _checked(name, segments[name]) if name in segments else "+" for name in names}
-    plain = template.format(**chosen)
+    chosen = {name: _checked(name, segments[name]) if name in segments else "+" for name in _NAMES[route]}
+    plain = ROUTES[route].template.format(**chosen)
     return plain if group is None else f"$share/{parse_id(group, 'group')}/{plain}"
 
 

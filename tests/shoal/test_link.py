@@ -303,3 +303,42 @@ def test_state_is_told_at_least_every_ten_minutes(net, interval_s):
     """The contract's bound."""
     with pytest.raises(ValueError, match="state interval"):
         StateReporter(net.link("cam"), lambda: Report({}), interval_s=interval_s, rng=Chance())
+
+
+def test_topic_taken_back_is_no_longer_sent(net):
+    """The broker hears of it with the next subscription; what stays subscribed goes on."""
+    got = []
+    gateway = net.join("gw")
+    gateway.subscribe(Route.INFER, got.append, site=net.site, node="cam")
+    device, other = net.join("cam"), net.join("mic")
+    assert net.ask(device)
+    net.until(lambda: len(got) == 1)
+    gateway.unsubscribe(Route.INFER, site=net.site, node="cam")
+    gateway.subscribe(Route.INFER, got.append, site=net.site, node="mic")
+    gateway.is_subscribed = False
+    net.until(lambda: gateway.is_subscribed)
+    assert net.ask(device)
+    assert net.ask(other)
+    net.until(lambda: len(got) == 2 and device.is_idle)
+    assert got[1].address.node == "mic"
+    assert gateway.counters["messages_received"] == 2
+
+
+def test_answers_that_fill_the_line_all_leave(net):
+    """Answers go out while reading; what the line does not take at once waits for it, and nothing is forgotten."""
+    replies, big = [], b"x" * 500_000
+    device, gateway = net.join("cam"), net.join("gw")
+    device.subscribe(
+        Route.REPLY, lambda delivery: replies.append(len(delivery.message.model)), site=net.site, node="cam"
+    )
+
+    def answer(_delivery):
+        for _ in range(8):
+            reply = InferenceReply(model=big.decode())
+            assert gateway.publish(Route.REPLY, reply, site=net.site, node="cam")
+
+    gateway.subscribe(Route.INFER, answer, site=net.site)
+    gateway._client.socket().setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    net.until(lambda: device.is_subscribed and gateway.is_subscribed)
+    assert net.ask(device)
+    net.until(lambda: len(replies) == 8)
