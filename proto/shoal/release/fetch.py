@@ -23,16 +23,12 @@ class Subscriber(Protocol):
 
 
 class BlobFetch:
-    """Fetches blobs for several readers over one link.
-
-    Time comes with `tick`; between two ticks the last one counts, since time-outs are seconds long.
-    """
+    """Fetches blobs for several readers over one link."""
 
     def __init__(self, link: Subscriber, rng: random.Random, counters: Counter[str]) -> None:
         self._link = link
         self._transfer = Transfer(rng, counters)
         self._readers: dict[bytes, list[OnBlob]] = {}
-        self._now = 0.0
 
     def want(self, lengths: Mapping[bytes, int], on_blob: OnBlob) -> None:
         """Call `on_blob(sha256, payload)` once for each of these blobs, when it is here and verified."""
@@ -40,7 +36,7 @@ class BlobFetch:
             readers = self._readers.setdefault(sha256, [])
             if on_blob not in readers:
                 readers.append(on_blob)
-        self._do(self._transfer.want(lengths, self._now))
+        self._do(self._transfer.want(lengths))
 
     def forget(self, digests: Iterable[bytes], on_blob: OnBlob) -> None:
         """Stop calling `on_blob` for these; a blob that nobody reads is no longer fetched."""
@@ -51,16 +47,14 @@ class BlobFetch:
                 readers.remove(on_blob)
             if not readers and self._readers.pop(sha256, None) is not None:
                 unread.append(sha256)
-        self._do(self._transfer.forget(unread, self._now))
+        self._do(self._transfer.forget(unread))
 
     def tick(self, now: float) -> None:
-        self._now = now
-        if not self._transfer.idle:
-            self._do(self._transfer.tick(now))
+        self._do(self._transfer.tick(now))
 
     def _on_delivery(self, delivery: Delivery) -> None:
         sha256 = bytes.fromhex(delivery.address.sha256)
-        accepted, actions = self._transfer.receive(sha256, delivery.payload, self._now)
+        accepted, actions = self._transfer.receive(sha256, delivery.payload)
         self._do(actions)
         if accepted:
             for on_blob in self._readers.pop(sha256, []):
