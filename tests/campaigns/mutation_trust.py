@@ -94,7 +94,14 @@ MUTANTS = (
     source(
         "whole file is what was signed",
         "slot_store.py",
-        "if digest(self._path.read_bytes()) != self._sha256:",
+        "if _digest_file(self.path) != self.sha256:",
+        "if False:",
+        SLOTS,
+    ),
+    source(
+        "artefact is hashed at each start",
+        "slot_store.py",
+        "if _digest_file(self.path(sha256)) != sha256:",
         "if False:",
         SLOTS,
     ),

@@ -90,13 +90,13 @@ class Assembler:
             if not self._present[index]
         }
 
-    def accept(self, payload: bytes | memoryview) -> list[int]:
-        """Take a chunk by its content.
+    def accept(self, sha256: bytes, payload: bytes | memoryview) -> list[int]:
+        """Take a chunk that has been hashed: `sha256` is the digest of `payload`.
 
         Returns the offsets where it must be written: several where the file repeats itself, none for a duplicate
-        or for a bad chunk.
+        or for a chunk that belongs nowhere.
         """
-        places = self._places.get(digest(payload))
+        places = self._places.get(sha256)
         if places is None or len(payload) != self.manifest.length_of(places[0]):
             self.bad_chunks += 1
             return []

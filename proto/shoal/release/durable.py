@@ -55,12 +55,20 @@ class CheckedFile:
             raise DamagedError(f"{self._copies[0]} and its second copy are damaged")
         return None
 
+    def begin(self, body: bytes) -> None:
+        """Make the first version, in both copies, so that no later save has to make a name durable."""
+        for path in self._copies:
+            write_atomic(path, _signed(0, body))
+
     def save(self, body: bytes) -> None:
         """Write over the older copy."""
-        serials = [copy[0] if (copy := _read_copy(path)) else 0 for path in self._copies]
-        signed = b"%d\n" % (max(serials) + 1) + body
-        checksum = hashlib.sha256(signed).hexdigest().encode()
-        _overwrite(self._copies[serials.index(min(serials))], checksum + b"\n" + signed)
+        serials = [copy[0] if (copy := _read_copy(path)) else -1 for path in self._copies]
+        _overwrite(self._copies[serials.index(min(serials))], _signed(max(serials) + 1, body))
+
+
+def _signed(serial: int, body: bytes) -> bytes:
+    signed = b"%d\n" % serial + body
+    return hashlib.sha256(signed).hexdigest().encode() + b"\n" + signed
 
 
 def _overwrite(path: Path, data: bytes) -> None:

@@ -195,7 +195,7 @@ class Installer:
             return False
         content = self._slots.pair[index].content
         spec_data = self._store.load(content.spec_sha256)
-        if spec_data is None or self._store.load(content.sha256) is None:
+        if spec_data is None or not self._store.has(content.sha256):
             log.error("model files are damaged model=%s release=%d", self._node.model, content.release)
             self._save(self._slots.drop(index))
             return False
@@ -277,7 +277,7 @@ class Installer:
             self._refuse_goal(f"{artefact.path}: {exc}")
             return
         self._step = _Step.READY
-        if self._store.load(artefact.sha256) is not None:
+        if self._store.has(artefact.sha256):
             return
         assembler = Assembler(manifest)
         goal.staging = self._store.stage(artefact.sha256, assembler)
@@ -285,12 +285,12 @@ class Installer:
             self._step = _Step.ARTEFACT
             self._blobs.want(assembler.missing(), self._on_chunk)
 
-    def _on_chunk(self, _sha256: bytes, payload: bytes) -> None:
+    def _on_chunk(self, sha256: bytes, payload: bytes) -> None:
         goal = self._goal
         if goal is None or goal.staging is None:
             return
         try:
-            if goal.staging.accept(payload):
+            if goal.staging.accept(sha256, payload):
                 self._step = _Step.READY
         except OSError as exc:
             self._note_disk_error(exc)
@@ -304,12 +304,12 @@ class Installer:
             return
         if goal.staging is not None:
             try:
-                goal.staging.commit()
+                self._store.admit(goal.staging)
             except ModelError as exc:
                 self._refuse_goal(str(exc))
                 return
             goal.staging = None
-        if self._store.load(goal.artefact.sha256) is None:
+        elif not self._store.has(goal.artefact.sha256):
             self._fetch_artefact(goal, goal.artefact)
             return
         self._store.put(goal.spec_data)

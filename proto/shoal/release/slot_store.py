@@ -6,9 +6,14 @@
 
 A file is in `files/` before the state names it and leaves only after the state no longer does, so that the state
 alone decides what runs and one atomic write switches it.
+
+Synced are, in this order: the artefact's bytes, the spec, the names of both, then each state; chunks on their way are
+not. What a power cut makes of `staging/`, or of `files/` before a state names it, has another digest than its name, and
+is fetched again.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -17,20 +22,22 @@ from typing import Any
 
 from shoal.errors import ModelError
 from shoal.release.chunks import Assembler, digest
-from shoal.release.durable import CheckedFile, DamagedError, sync_directory, write_atomic
+from shoal.release.durable import CheckedFile, DamagedError, write_atomic
 from shoal.release.slots import Content, Phase, Refusal, Slot, Slots
 
 log = logging.getLogger(__name__)
 
 
 class SlotStore:
-    """Files of one model. `open()` makes the directories; nothing is written before."""
+    """Files of one model. `open()` makes the directories and the first state; nothing is written before."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._files = directory / "files"
         self._staging = directory / "staging"
         self._state = CheckedFile(directory / "state")
+        # What a file was like when its digest was right; a start begins with nothing.
+        self._whole: dict[bytes, tuple[int, int, int]] = {}
 
     def open(self) -> Slots:
         """Return the slots as they were saved; empty ones where nothing usable was."""
@@ -41,10 +48,13 @@ class SlotStore:
         except DamagedError as exc:
             log.error("slots are lost, the model will be fetched again error=%s", exc)  # noqa: TRY400  no bug of ours
             return Slots()
-        return Slots() if body is None else _parse_slots(json.loads(body))
+        if body is not None:
+            return _parse_slots(json.loads(body))
+        self._state.begin(_slots_bytes(Slots()))
+        return Slots()
 
     def save(self, slots: Slots) -> None:
-        self._state.save(json.dumps(_slots_body(slots)).encode())
+        self._state.save(_slots_bytes(slots))
         self._sweep(slots)
 
     def path(self, sha256: bytes) -> Path:
@@ -58,7 +68,21 @@ class SlotStore:
             return None
         return data if digest(data) == sha256 else None
 
+    def has(self, sha256: bytes) -> bool:
+        """Whether a file is here and whole. It is hashed once; later only its size and its time are looked at."""
+        try:
+            found = _identity(self.path(sha256))
+        except FileNotFoundError:
+            return False
+        if self._whole.get(sha256) != found:
+            self._whole.pop(sha256, None)
+            if _digest_file(self.path(sha256)) != sha256:
+                return False
+            self._whole[sha256] = found
+        return True
+
     def put(self, data: bytes) -> None:
+        """Keep a file; on return it is durable, and so is the name of every artefact admitted before."""
         write_atomic(self.path(digest(data)), data)
 
     def stage(self, sha256: bytes, assembler: Assembler) -> "Staging":
@@ -67,10 +91,24 @@ class SlotStore:
         for other in self._staging.iterdir():
             if other != path:
                 other.unlink()
-        return Staging(path, self.path(sha256), sha256, assembler)
+        return Staging(path, sha256, assembler)
+
+    def admit(self, staging: "Staging") -> None:
+        """Move a complete staging file to where slots find it, once all of it is verified and durable.
+
+        Its new name is durable with the `put` that follows: one sync of the directory for both.
+
+        Raises:
+            ModelError: the chunks do not add up to the artefact that was signed.
+        """
+        found = staging.finish()
+        staging.path.replace(self.path(staging.sha256))
+        self._whole[staging.sha256] = found
 
     def _sweep(self, slots: Slots) -> None:
-        keep = {item.hex() for slot in slots.pair for item in (slot.content.sha256, slot.content.spec_sha256)}
+        named = {item for slot in slots.pair for item in (slot.content.sha256, slot.content.spec_sha256)}
+        self._whole = {sha256: found for sha256, found in self._whole.items() if sha256 in named}
+        keep = {sha256.hex() for sha256 in named}
         for path in self._files.iterdir():
             if path.name not in keep:
                 with contextlib.suppress(OSError):  # the state is saved already; the next sweep tries again
@@ -80,39 +118,53 @@ class SlotStore:
 class Staging:
     """An artefact on its way: chunks go to their places as they come, in any order."""
 
-    def __init__(self, path: Path, final: Path, sha256: bytes, assembler: Assembler) -> None:
-        self._path = path
-        self._final = final
-        self._sha256 = sha256
+    def __init__(self, path: Path, sha256: bytes, assembler: Assembler) -> None:
+        self.path = path
+        self.sha256 = sha256
         self._assembler = assembler
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         assembler.restore(path.read_bytes())
 
-    def accept(self, payload: bytes) -> bool:
-        """Write a chunk where it belongs; true once all are here."""
-        for offset in self._assembler.accept(payload):
+    def accept(self, sha256: bytes, payload: bytes) -> bool:
+        """Write a chunk, whose digest is `sha256`, where it belongs; true once all are here."""
+        for offset in self._assembler.accept(sha256, payload):
             os.pwrite(self._handle, payload, offset)
         return self._assembler.complete
 
-    def commit(self) -> None:
-        """Verify the whole file and move it to where slots find it.
+    def finish(self) -> tuple[int, int, int]:
+        """Verify and sync the whole file, close it, and return its identity; what is not good is removed.
 
         Raises:
             ModelError: the chunks do not add up to the artefact that was signed.
         """
         os.ftruncate(self._handle, self._assembler.manifest.length_bytes)
-        os.fsync(self._handle)
+        if _digest_file(self.path) != self.sha256:
+            self.path.unlink()
+            raise ModelError(f"the chunks of {self.sha256.hex()} make another file")
+        try:
+            os.fsync(self._handle)
+        except OSError:
+            # The kernel takes pages for clean that it failed to write: a second fsync would succeed without them.
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            raise
         self.close()
-        if digest(self._path.read_bytes()) != self._sha256:
-            self._path.unlink()
-            raise ModelError(f"the chunks of {self._sha256.hex()} make another file")
-        self._path.replace(self._final)
-        sync_directory(self._final.parent)
+        return _identity(self.path)
 
     def close(self) -> None:
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
+
+
+def _digest_file(path: Path) -> bytes:
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _content_body(content: Content) -> dict[str, Any]:
@@ -123,8 +175,8 @@ def _parse_content(body: dict[str, Any]) -> Content:
     return Content(body["release"], bytes.fromhex(body["sha256"]), bytes.fromhex(body["spec_sha256"]))
 
 
-def _slots_body(slots: Slots) -> dict[str, Any]:
-    return {
+def _slots_bytes(slots: Slots) -> bytes:
+    body = {
         "active": slots.active,
         "pair": [
             {"phase": slot.phase.value, "tries_left": slot.tries_left, "content": _content_body(slot.content)}
@@ -132,6 +184,7 @@ def _slots_body(slots: Slots) -> dict[str, Any]:
         ],
         "refusals": [{"reason": item.reason, "content": _content_body(item.content)} for item in slots.refusals],
     }
+    return json.dumps(body).encode()
 
 
 def _parse_slots(body: dict[str, Any]) -> Slots:

@@ -24,7 +24,7 @@ def test_any_order_with_duplicates_and_rubbish_makes_the_file(file, rng):
     rng.shuffle(stream)
     made = bytearray(len(data))
     for chunk in stream:
-        for offset in assembler.accept(chunk):
+        for offset in assembler.accept(digest(chunk), chunk):
             made[offset : offset + len(chunk)] = chunk
     assert bytes(made) == data
     assert assembler.complete
@@ -36,8 +36,8 @@ def test_swapped_and_tampered_chunks_of_the_right_length_belong_nowhere():
     """Content decides where a chunk goes, never the order in which it came or its length."""
     data = bytes(range(96))
     assembler = Assembler(manifest_of(data, 32))
-    assert assembler.accept(data[32:64]) == [32]
-    assert assembler.accept(bytes(32)) == []
+    assert assembler.accept(digest(data[32:64]), data[32:64]) == [32]
+    assert assembler.accept(digest(bytes(32)), bytes(32)) == []
     assert assembler.bad_chunks == 1
     assert len(assembler.missing()) == 2
 

@@ -1,5 +1,6 @@
 """The slot state machine, driven at random, and the store that keeps it."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,14 @@ from shoal.release.slot_store import SlotStore
 from shoal.release.slots import TRANSITIONS, TRIES, Content, Event, Phase, Slot, Slots
 
 pytestmark = pytest.mark.device
+
+
+def keep(store: SlotStore, artefact: bytes, spec: bytes) -> None:
+    """As an install does: the artefact by its chunks, then the spec."""
+    staging = store.stage(digest(artefact), Assembler(manifest_of(artefact)))
+    assert staging.accept(digest(artefact), artefact)
+    store.admit(staging)
+    store.put(spec)
 
 
 def content(number: int) -> Content:
@@ -174,8 +183,8 @@ def test_save_sweeps_files_that_no_slot_names(tmp_path: Path):
     """Files leave only after the state has stopped naming them."""
     store = SlotStore(tmp_path)
     store.open()
-    for data in (b"artefact 1", b"spec 1", b"artefact 2"):
-        store.put(data)
+    for number in (1, 2):
+        keep(store, b"artefact %d" % number, b"spec %d" % number)
     store.save(confirmed(1))
     assert store.load(digest(b"artefact 1")) == b"artefact 1"
     assert store.load(digest(b"artefact 2")) is None
@@ -185,9 +194,46 @@ def test_damaged_file_is_not_loaded(tmp_path: Path):
     """A digest is asked for, so a digest is checked."""
     store = SlotStore(tmp_path)
     store.open()
-    store.put(b"data")
-    store.path(digest(b"data")).write_bytes(b"date")
+    keep(store, b"data", b"spec")
+    assert store.has(digest(b"data"))
+    store.path(digest(b"data")).write_bytes(b"dataa")
     assert store.load(digest(b"data")) is None
+    assert not store.has(digest(b"data"))
+    assert not SlotStore(tmp_path).has(digest(b"data"))
+
+
+def test_same_size_damage_is_seen_at_the_next_start(tmp_path: Path):
+    """What was hashed in this process is looked at only; a start believes nothing."""
+    store = SlotStore(tmp_path)
+    store.open()
+    keep(store, b"data", b"spec")
+    found = store.path(digest(b"data")).stat()
+    store.path(digest(b"data")).write_bytes(b"date")
+    os.utime(store.path(digest(b"data")), ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert not SlotStore(tmp_path).has(digest(b"data"))
+
+
+def test_file_that_cannot_be_synced_is_not_believed(tmp_path: Path, monkeypatch):
+    """After a failed fsync the kernel takes the pages for written: only fetching again helps."""
+    store = SlotStore(tmp_path)
+    store.open()
+
+    def fail(_handle):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        keep(store, b"data", b"spec")
+    assert not store.has(digest(b"data"))
+
+
+def test_first_save_that_was_cut_short_lost_nothing(tmp_path: Path, caplog):
+    """Both copies are there from the first start on, so that no save makes a name, and one of them is always whole."""
+    store = SlotStore(tmp_path)
+    store.open()
+    (tmp_path / "state.a").write_bytes(b"half a rec")
+    assert SlotStore(tmp_path).open() == Slots()
+    assert not caplog.records
 
 
 def test_chunks_that_make_another_file_are_refused(tmp_path: Path):
@@ -195,8 +241,19 @@ def test_chunks_that_make_another_file_are_refused(tmp_path: Path):
     store = SlotStore(tmp_path)
     store.open()
     staging = store.stage(digest(b"what was signed"), Assembler(manifest_of(b"abcd", 2)))
-    assert not staging.accept(b"ab")
-    assert staging.accept(b"cd")
+    assert not staging.accept(digest(b"ab"), b"ab")
+    assert staging.accept(digest(b"cd"), b"cd")
     with pytest.raises(ModelError, match="another file"):
-        staging.commit()
+        store.admit(staging)
     assert store.load(digest(b"abcd")) is None
+
+
+def test_damaged_copy_is_the_one_that_is_written_over(tmp_path: Path):
+    """However old the whole copy is, even the first of all: it stands until the new one does."""
+    store = SlotStore(tmp_path)
+    store.open()
+    first = (tmp_path / "state.a").read_bytes()
+    (tmp_path / "state.b").write_bytes(b"rubbish")
+    store.save(confirmed(1))
+    assert (tmp_path / "state.a").read_bytes() == first
+    assert store.open() == confirmed(1)
