@@ -3,20 +3,21 @@
     python benchmarks/delivery.py --devices 500 --model-bytes 1000000
 
 Over Mosquitto on loopback: one publisher, and all devices in one process on one loop, each with its own session, trust,
-staging and slots on disk. Four runs, one after the other on the same retained set:
+staging and slots on disk. Four kinds of run, one after the other on the same retained set:
 
-  bare      paho clients that subscribe to the same chunks and read them: no verification, no disk
+  bare      paho clients that subscribe to the same topics and read them: no verification, no disk
   release   update clients: TUF, chunks by exact topic in windows of 16, digests, fsync, self-test, activation
   stalled   the same, but every tenth device stops reading once it has asked
   cut       the same, but each device's connection is cut once, at a random chunk
 
-`time_ratio` is fetch, verification and fsync of `release` over `bare`. TUF refresh and self-test are left out of it and
-reported apart, a node each: in this process they queue for one core, on a fleet every node has its own. The self-test
-runs in this process; a device starts a child for it.
+`time_ratio` is fetch, verification and fsync of `release` over `bare`, each the best of three, in turn. TUF refresh and self-test are left out of it and reported apart, a node each: in this process they queue for
+one core, on a fleet every node has its own. The self-test runs in this process; a device starts a child for it. Of what
+is left, `fsync_ms` a node is the wait for one disk that all nodes share here; it is part of `time_ratio`.
 """
 
 import argparse
 import json
+import os
 import platform
 import random
 import selectors
@@ -26,6 +27,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +39,7 @@ from paho.mqtt.client import Client, MQTTv5
 from paho.mqtt.enums import CallbackAPIVersion
 
 from cloud.keys import FileKeyStore
-from cloud.publisher import Publisher
+from cloud.publisher import Publisher, live_set
 from cloud.release_orders import submit_plan, submit_release
 from cloud.release_store import ReleaseStore
 from cloud.repository import ROLLOUT, first_generation
@@ -44,6 +47,7 @@ from fleet_console.broker import BrokerKind, find_mosquitto, start_broker
 from shoal.link import Link
 from shoal.link_config import node_identity, parse_broker_url, service_identity
 from shoal.loop import Loop
+from shoal.release.chunks import split
 from shoal.release.client import UpdateClient
 from shoal.release.offer import NodeModel
 from shoal.release.selftest import Outcome, Verdict, run_golden
@@ -55,6 +59,8 @@ from shoal.v1 import release_pb2 as pb
 MODEL = "bench"
 PATIENCE_S = 300.0
 SEED = 7
+# As often as a gateway does.
+TICK_S = 0.05
 
 
 class Multiplier:
@@ -94,12 +100,33 @@ class TimedTrust(TrustStore):
     spent: Counter
 
     def refresh(self, *arguments):
-        started = time.perf_counter()
+        started, synced = time.perf_counter(), self.spent["fsync"]
         try:
             return super().refresh(*arguments)
         finally:
             self.spent["refresh"] += time.perf_counter() - started
             self.spent["refreshes"] += 1
+            self.spent["refresh_fsync"] += self.spent["fsync"] - synced
+
+
+@contextmanager
+def timed_fsync(spent):
+    """Count every fsync of this process and the seconds in it."""
+    real = os.fsync
+
+    def fsync(handle):
+        started = time.perf_counter()
+        try:
+            real(handle)
+        finally:
+            spent["fsync"] += time.perf_counter() - started
+            spent["fsyncs"] += 1
+
+    os.fsync = fsync
+    try:
+        yield
+    finally:
+        os.fsync = real
 
 
 class Cloud:
@@ -129,6 +156,11 @@ class Cloud:
         )
         submit_plan(self.store, plan, self.keys, now)
         self._publish()
+
+    def topics(self):
+        """Every topic that a node reads on its way to the release; all that is published is for all of them."""
+        blobs = [topic(Route.BLOB, sha256=item.hex()) for item in live_set(self.store.load(), self.store).blobs]
+        return [topic(Route.TRUST_BUNDLE), topic(Route.TRUST_TIMESTAMP), *blobs]
 
     def _publish(self):
         loop = Loop()
@@ -190,7 +222,7 @@ class Fleet:
             link.attach(self._loop)
         self._until(lambda: all(link.connected for link, _ in self.members))
         started = time.perf_counter()
-        self._loop.call_every(0.02, self._tick)
+        self._loop.call_every(TICK_S, self._tick)
         self._until(lambda: self.active[release] >= self.expected)
         return time.perf_counter() - started
 
@@ -224,8 +256,8 @@ def stop_reading(loop, link):
     link._loop = None  # nothing is registered, and nothing must be any more
 
 
-def bare(url, devices, chunks):
-    """Seconds until every plain client has read every chunk."""
+def bare(url, devices, topics):
+    """Seconds until every plain client has read every topic, and the bytes that they read."""
     selector = selectors.DefaultSelector()
     missing = {}
     got = Counter()
@@ -239,12 +271,12 @@ def bare(url, devices, chunks):
         client = Client(CallbackAPIVersion.VERSION2, f"bare-{index:04d}", protocol=MQTTv5)
         client.on_message = on_message
         client.connect("127.0.0.1", int(url.rpartition(":")[2]))
-        missing[client] = set(chunks)
+        missing[client] = set(topics)
         selector.register(client.socket(), selectors.EVENT_READ, client)
         clients.append(client)
     started = time.perf_counter()
     for client in clients:
-        client.subscribe([(name, 1) for name in chunks])
+        client.subscribe([(name, 1) for name in topics])
     while any(missing.values()):
         for key, _ in selector.select(0.05):
             key.data.loop_read()
@@ -262,14 +294,14 @@ def bare(url, devices, chunks):
 
 
 class MemoryWatch:
-    """The broker's largest resident memory while the block runs."""
+    """The broker's largest resident memory while the block runs, above what it had with the retained set alone."""
 
-    def __init__(self, pid):
+    def __init__(self, pid, retained_rss):
         self._process = psutil.Process(pid)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        self.before = self._process.memory_info().rss
-        self.peak = self.before
+        self._before = retained_rss
+        self._peak = self._process.memory_info().rss
 
     def __enter__(self):
         self._thread.start()
@@ -281,11 +313,11 @@ class MemoryWatch:
 
     def _watch(self):
         while not self._stop.wait(0.02):
-            self.peak = max(self.peak, self._process.memory_info().rss)
+            self._peak = max(self._peak, self._process.memory_info().rss)
 
     @property
     def growth_mb(self):
-        return (self.peak - self.before) / 1e6
+        return (self._peak - self._before) / 1e6
 
 
 def main():
@@ -309,35 +341,30 @@ def measure(folder, devices, model_bytes):
     with start_broker(folder / "broker", BrokerKind.MOSQUITTO) as broker:
         cloud = Cloud(folder / "cloud", broker.url)
         cloud.ship(1, data)
-        root = cloud.store.root()
-        chunks = [topic(Route.BLOB, sha256=item) for item in chunk_digests(data)]
-        bare_s, bare_bytes = bare(broker.url, devices, chunks)
-        print(f"bare: {bare_bytes / 1e6:.0f} MB to {devices} clients in {bare_s:.2f} s", flush=True)
-        runs = {}
-        for mode in ("release", "stalled", "cut"):
-            with MemoryWatch(broker.process.pid) as memory:
-                fleet = Fleet(folder / mode, broker.url, root, devices, mode, len(chunks))
-                seconds = fleet.run(1)
-            received = sum(link.counters["bytes_received"] for link, _ in fleet.members)
-            runs[mode] = {"seconds": seconds, "bytes": received, "growth_mb": memory.growth_mb, "spent": fleet.spent}
-            fleet.close()
-            shutil.rmtree(folder / mode)
-            print(
-                f"{mode}: {fleet.active[1]} of {devices} active after {seconds:.2f} s, {received / 1e6:.0f} MB, broker "
-                f"grew by {memory.growth_mb:.0f} MB",
-                flush=True,
-            )
-        spent = runs["release"]["spent"]
-        own_s = runs["release"]["seconds"] - spent["refresh"] - spent["selftest"]
+        retained_rss = psutil.Process(broker.process.pid).memory_info().rss
+        setting = Setting(folder, broker, cloud.store.root(), devices, len(split(data)), retained_rss)
+        topics = cloud.topics()
+        bares, releases = [], []
+        for attempt in range(3):
+            bares.append(bare(broker.url, devices, topics))
+            print(f"bare: {bares[-1][1] / 1e6:.1f} MB to {devices} clients in {bares[-1][0]:.2f} s", flush=True)
+            releases.append(deliver(setting, "release", f"release-{attempt}"))
+        stalled, cut = (deliver(setting, mode, mode) for mode in ("stalled", "cut"))
+        bare_s, bare_bytes = min(bares)
+        best = min(releases, key=lambda run: run.own_s)
+        spent = best.spent
         return {
-            "time_ratio": round(own_s / bare_s, 2),
-            "seconds": round(runs["release"]["seconds"], 2),
-            "bytes": runs["release"]["bytes"],
+            "time_ratio": round(best.own_s / bare_s, 2),
+            "seconds": round(best.seconds, 2),
+            "bytes": best.bytes,
             "bare_seconds": round(bare_s, 2),
+            "bare_bytes": bare_bytes,
+            "fsync_ms": round(1000 * (spent["fsync"] - spent["refresh_fsync"]) / devices, 2),
+            "fsyncs": round(spent["fsyncs"] / devices, 1),
             "refresh_ms": round(1000 * spent["refresh"] / spent["refreshes"], 2),
             "selftest_ms": round(1000 * spent["selftest"] / devices, 2),
-            "broker_growth_mb": round(runs["stalled"]["growth_mb"], 1),
-            "cut_overhead": round(runs["cut"]["bytes"] / runs["release"]["bytes"] - 1, 4),
+            "broker_growth_mb": round(stalled.growth_mb, 1),
+            "cut_overhead": round(cut.bytes / best.bytes - 1, 4),
             "devices": devices,
             "model_bytes": model_bytes,
             "machine": {"cores": psutil.cpu_count(), "arch": platform.machine(), "python": platform.python_version()},
@@ -346,10 +373,51 @@ def measure(folder, devices, model_bytes):
         }
 
 
-def chunk_digests(data):
-    from shoal.release.chunks import digest, split
+@dataclass
+class Run:
+    """What one run of a fleet took; `growth_mb` is the broker's."""
 
-    return [digest(chunk).hex() for chunk in split(data)]
+    seconds: float
+    bytes: int
+    growth_mb: float
+    spent: Counter
+
+    @property
+    def own_s(self):
+        """Fetch, verification and fsync."""
+        return self.seconds - self.spent["refresh"] - self.spent["selftest"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs have in common. `retained_rss` is the broker's memory with the retained set alone."""
+
+    folder: Path
+    broker: object
+    root: bytes
+    devices: int
+    chunks: int
+    retained_rss: int
+
+
+def deliver(setting, mode, name):
+    """Run one fleet on fresh disks.
+
+    They stay until the end: ext4 without a journal makes files several times more slowly while it remembers those
+    that were just removed.
+    """
+    with MemoryWatch(setting.broker.process.pid, setting.retained_rss) as memory:
+        fleet = Fleet(setting.folder / name, setting.broker.url, setting.root, setting.devices, mode, setting.chunks)
+        with timed_fsync(fleet.spent):
+            seconds = fleet.run(1)
+    received = sum(link.counters["bytes_received"] for link, _ in fleet.members)
+    fleet.close()
+    print(
+        f"{mode}: {fleet.active[1]} of {setting.devices} active after {seconds:.2f} s, {received / 1e6:.1f} MB, "
+        f"{fleet.counters['blobs_retried']} asked for twice, broker grew by {memory.growth_mb:.0f} MB",
+        flush=True,
+    )
+    return Run(seconds, received, memory.growth_mb, fleet.spent)
 
 
 if __name__ == "__main__":
