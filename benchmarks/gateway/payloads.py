@@ -1,0 +1,80 @@
+"""The questions that both servers get: whole InferenceRequest messages, the same bytes over MQTT and HTTP.
+
+A file is a u32 count, then for each payload a u32 size and its bytes, little-endian; payload i is of device i % DEVICES.
+There are more different ones than the gateway's answer cache holds, and they come round in order: an LRU cache of fewer
+never has the one that is wanted.
+"""
+
+import hashlib
+import math
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from shoal.codec import encode
+from shoal.tensors import to_tensor
+from shoal.v1 import inference_pb2 as pb
+from shoal.v1.sensor_pb2 import SensorData, TimeQuality
+
+DEVICES = 64
+SITE = "bench"
+_SEED = 11
+_STARTED_AT_US = 1_790_000_000_000_000
+# The gateway's default cache, and room to spare for whatever it counts as an entry's size.
+_CACHE_BYTES = 2 * (16 << 20)
+_SMALLEST_ENTRY_BYTES = 200
+
+
+def device_name(index: int) -> str:
+    return f"cam{index % DEVICES:02d}"
+
+
+def payload_count(shape: tuple[int, ...]) -> int:
+    """How many different questions outgrow the cache, in whole rounds of the devices."""
+    entry_bytes = math.prod(shape) * np.dtype(np.float32).itemsize + _SMALLEST_ENTRY_BYTES
+    return DEVICES * max(2, math.ceil(_CACHE_BYTES / entry_bytes / DEVICES))
+
+
+def write_payloads(path: Path, model: str, shape: tuple[int, ...]) -> int:
+    """Write the file of one model and return how many payloads it has."""
+    count = payload_count(shape)
+    with path.open("wb") as file:
+        file.write(struct.pack("<I", count))
+        for payload in _payloads(model, shape, count):
+            file.write(struct.pack("<I", len(payload)) + payload)
+    return count
+
+
+def read_payload(path: Path, index: int = 0) -> bytes:
+    """One payload of a file."""
+    with path.open("rb") as file:
+        file.read(4)
+        for _ in range(index):
+            file.seek(struct.unpack("<I", file.read(4))[0], 1)
+        return file.read(struct.unpack("<I", file.read(4))[0])
+
+
+def typical_reply(model: str) -> bytes:
+    """What a gateway answers to one such question, for the echo to say."""
+    answer = pb.Answer(release=1, score=0.25, label=3)
+    row = pb.RowReply(seq=1000, status=pb.STATUS_OK, answer=answer)
+    return encode(pb.InferenceReply(epoch=_epoch(0), model=model, rows=[row]))
+
+
+def _payloads(model: str, shape: tuple[int, ...], count: int) -> Iterator[bytes]:
+    rng = np.random.default_rng(_SEED)
+    for index in range(count):
+        reading = SensorData(
+            seq=1 + index // DEVICES,
+            captured_at_us=_STARTED_AT_US + index * 1000,
+            time_quality=TimeQuality.TIME_QUALITY_SYNCED,
+            tensor=to_tensor(rng.integers(0, 256, shape, dtype=np.uint8)),
+        )
+        row = pb.InferenceRow(reading=reading, reason=pb.ASK_REASON_NO_MODEL)
+        yield encode(pb.InferenceRequest(device=device_name(index), epoch=_epoch(index), model=model, rows=[row]))
+
+
+def _epoch(index: int) -> bytes:
+    return hashlib.sha256(device_name(index).encode()).digest()[:16]
