@@ -8,7 +8,7 @@ EXTRAS := device,gateway,cloud,simulator,console,dev
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-device demo test test-device lint format proto proto-check bench bench-delivery faults-install mutation-trust check clean
+.PHONY: help venv venv-device demo test test-device lint format proto proto-check bench bench-delivery bench-gateway faults-install mutation-trust check clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -68,6 +68,16 @@ bench: venv ## Measure what the README and docs quote
 bench-delivery: venv ## Measure how a release reaches 500 devices (needs Mosquitto)
 	@$(BIN)/python benchmarks/delivery.py $(ARGS)
 
+MOSEC := benchmarks/gateway/.venv
+
+$(MOSEC)/.installed: benchmarks/gateway/requirements-mosec.txt
+	@echo "Installing mosec into $(MOSEC)"
+	@test -x $(MOSEC)/bin/python || $(PYTHON) -m venv $(MOSEC)
+	@$(MOSEC)/bin/pip install --quiet --disable-pip-version-check -r $< && touch $@
+
+bench-gateway: venv $(MOSEC)/.installed ## Measure the gateway beside mosec, an echo and onnxruntime (minutes; needs gcc, wrk, Mosquitto)
+	@$(BIN)/python -m benchmarks.gateway.bench_gateway $(ARGS)
+
 faults-install: venv ## Inject a fault into every system call of an install (minutes; needs strace)
 	@$(BIN)/python tests/campaigns/faults_install.py $(ARGS)
 
@@ -77,5 +87,5 @@ mutation-trust: venv ## Remove each check that trust rests on and see a test fai
 check: lint test ## What CI runs, but for the demos
 
 clean: ## Remove environments, caches and demo output
-	rm -rf .venv .venv-device demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
+	rm -rf .venv .venv-device $(MOSEC) benchmarks/gateway/.cache demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
 	find . -name __pycache__ -prune -exec rm -rf {} +

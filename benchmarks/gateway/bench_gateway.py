@@ -111,7 +111,9 @@ def _names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
 
 
 def need_programs() -> None:
-    missing = [package for package, found in (("mosquitto", find_mosquitto()), ("wrk", shutil.which("wrk"))) if not found]
+    missing = [
+        package for package, found in (("mosquitto", find_mosquitto()), ("wrk", shutil.which("wrk"))) if not found
+    ]
     if missing:
         sys.exit(f"missing: apt-get install {' '.join(missing)}")
 

@@ -6,6 +6,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import onnxruntime
@@ -142,7 +143,9 @@ def mosec(kit: Kit, tuning: MosecTuning) -> Iterator[HttpContender]:
     port = free_port()
     command = [str(kit.mosec_python), "-m", "benchmarks.gateway.serve_mosec", "--port", str(port), "--timeout", "30000"]
     log = kit.logs / f"mosec-{kit.model.name}.log"
-    with http_server(kit, command, log, f"http://127.0.0.1:{port}/inference", tuning.environment(kit.onnx)) as contender:
+    with http_server(
+        kit, command, log, f"http://127.0.0.1:{port}/inference", tuning.environment(kit.onnx)
+    ) as contender:
         yield contender
 
 
@@ -151,7 +154,7 @@ def http_server(
     kit: Kit, command: list[str], log: Path, url: str, settings: Mapping[str, str]
 ) -> Iterator[HttpContender]:
     """Start it, wait until it answers rightly, and warm it up."""
-    port = int(url.split(":")[2].split("/")[0])
+    port = urlsplit(url).port or 80
     with running(command, log, port=port, env=settings) as pid:
         contender = HttpContender(kit, pid, url)
         contender.check()

@@ -4,6 +4,7 @@ Random weights cost what trained ones do: no operator here looks at the values. 
 model scales them itself.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ def _cnn() -> nn.Module:
 def _resnet18() -> nn.Module:
     widths = (64, 64, 128, 256, 512)
     blocks = []
-    for index, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+    for index, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
         blocks += [_Block(inputs, outputs, 1 if index == 0 else 2), _Block(outputs, outputs, 1)]
     stem = (nn.Conv2d(3, 64, 7, stride=2, padding=3), nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1))
     head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))

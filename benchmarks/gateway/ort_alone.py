@@ -28,14 +28,14 @@ def main(model: str, batch: int, seconds: float) -> None:
     print(json.dumps({"requests": rows, **{name: round(rate, 1) for name, rate in rates.items()}}))
 
 
-def _session(model: str, threads: int) -> Any:  # noqa: ANN401  onnxruntime publishes no types
+def _session(model: str, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def _rate(session: Any, batch: int, callers: int, seconds: float) -> float:  # noqa: ANN401
+def _rate(session: Any, batch: int, callers: int, seconds: float) -> float:
     """Rows a second of all callers together."""
     shape = session.get_inputs()[0].shape[1:]
     inputs = np.random.default_rng(1).integers(0, 256, (batch, *shape)).astype(np.float32)

@@ -50,7 +50,12 @@ def running(
     """
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment(env), start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment(env),
+            start_new_session=True,
         )
     try:
         _wait_until_ready(process, log, ready, port)
@@ -67,7 +72,9 @@ def measure(command: Sequence[str], servers: Mapping[str, int], seconds: float) 
     """
     before = {name: cpu_seconds(pid) for name, pid in servers.items()}
     ended_before = _ended_children_s()
-    generator = subprocess.Popen(command, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    generator = subprocess.Popen(
+        command, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         output, errors = generator.communicate(timeout=seconds + _GRACE_S)
     except subprocess.TimeoutExpired as exc:

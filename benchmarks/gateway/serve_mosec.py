@@ -3,12 +3,12 @@
 import os
 from typing import Any
 
-from mosec import Server, Worker
+from mosec import Server, Worker  # type: ignore[import-not-found]  # in an environment of its own
 
 from benchmarks.gateway.http_model import CONTENT_TYPE, HttpModel, Question
 
 
-class Inference(Worker):
+class Inference(Worker):  # type: ignore[misc]  # as above
     """One session in each worker process."""
 
     resp_mime_type = CONTENT_TYPE
@@ -19,7 +19,7 @@ class Inference(Worker):
     def deserialize(self, data: bytes) -> Question:
         return Question(data)
 
-    def forward(self, data: Any) -> Any:  # noqa: ANN401  mosec makes a schema of what is said here, and of a union cannot
+    def forward(self, data: Any) -> Any:  # mosec makes a schema of what is said here, and of a union cannot
         return self._model.answer(data) if isinstance(data, list) else self._model.answer([data])[0]
 
     def serialize(self, data: bytes) -> bytes:
