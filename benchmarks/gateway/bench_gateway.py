@@ -37,9 +37,9 @@ from typing import Any
 
 from benchmarks.gateway import contenders, native
 from benchmarks.gateway.contenders import OUTSTANDING, Kit, MosecTuning
-from benchmarks.gateway.models import MODELS, build_model
+from benchmarks.gateway.models import MODELS
 from benchmarks.gateway.payloads import typical_reply, write_payloads
-from benchmarks.gateway.processes import Measured
+from benchmarks.gateway.processes import Measured, environment
 from fleet_console.broker import BrokerKind, RunningBroker, find_mosquitto, start_broker
 
 _HERE = Path(__file__).parent
@@ -120,18 +120,19 @@ def need_programs() -> None:
 
 def prepare(cache: Path, names: list[str]) -> Path:
     """Build what is not there yet. The folder is named after what made it, so that nothing stale is measured."""
-    makers = b"".join((_HERE / name).read_bytes() for name in ("models.py", "payloads.py"))
+    makers = b"".join((_HERE / name).read_bytes() for name in ("models.py", "build_models.py", "payloads.py"))
     folder = cache / hashlib.sha256(makers).hexdigest()[:12]
     native.build(folder / "native")
-    for model in (MODELS[name] for name in names):
-        onnx = folder / f"{model.name}.onnx"
-        if onnx.exists():
-            continue
-        print(f"building {model.name}", flush=True)
+    missing = [name for name in names if not (folder / f"{name}.onnx").exists()]
+    for model in (MODELS[name] for name in missing):
         write_payloads(folder / f"{model.name}.requests", model.name, model.shape)
         (folder / f"{model.name}.reply").write_bytes(typical_reply(model.name))
-        build_model(model, onnx.with_suffix(".part"))
-        onnx.with_suffix(".part").rename(onnx)
+    if missing:
+        print(f"building {', '.join(missing)}", flush=True)
+        command = [sys.executable, "-m", "benchmarks.gateway.build_models", str(folder), *missing]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            sys.exit(f"{' '.join(command)}: {done.stderr}")
     return folder
 
 

@@ -142,6 +142,7 @@ def echo(kit: Kit, broker: RunningBroker) -> Iterator[MqttContender]:
 def mosec(kit: Kit, tuning: MosecTuning) -> Iterator[HttpContender]:
     port = free_port()
     command = [str(kit.mosec_python), "-m", "benchmarks.gateway.serve_mosec", "--port", str(port), "--timeout", "30000"]
+    command += ["--address", "127.0.0.1", "--log-level", "warning"]
     log = kit.logs / f"mosec-{kit.model.name}.log"
     with http_server(
         kit, command, log, f"http://127.0.0.1:{port}/inference", tuning.environment(kit.onnx)
