@@ -71,7 +71,7 @@ def main() -> int:
     models: dict[str, Any] = {}
     with start_broker(logs / "broker", BrokerKind.MOSQUITTO) as broker:
         for name in options.models:
-            kit = Kit(MODELS[name], folder, folder / "native", logs, options.mosec_python)
+            kit = Kit(MODELS[name], folder, folder / "native", logs, options.mosec_python, options.qos)
             rounds = run_rounds(kit, broker, options)
             models[name] = {**ratios(rounds), "medians": medians(rounds), "rounds": rounds}
             print(f"{name}: {json.dumps(ratios(rounds))}", flush=True)
@@ -93,6 +93,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=5.0, help="of one run (default: %(default)s)")
     parser.add_argument("--models", type=_names(tuple(MODELS)), default=list(MODELS), help="default: all")
     parser.add_argument("--only", type=_names(_CONTENDERS), default=list(_CONTENDERS), help="default: all contenders")
+    parser.add_argument(
+        "--qos", type=int, choices=(0, 1), default=1, help="of the devices (default: %(default)s, as real ones)"
+    )
     parser.add_argument("--save", type=Path, help="write the JSON here too")
     parser.add_argument("--cache", type=Path, default=_HERE / ".cache", help="where models and programs are built")
     parser.add_argument("--mosec-python", type=Path, default=_HERE / ".venv" / "bin" / "python")
@@ -216,6 +219,7 @@ def circumstances(broker: RunningBroker, options: argparse.Namespace, load_befor
             "rounds": options.rounds,
             "seconds": options.seconds,
             "outstanding": OUTSTANDING,
+            "qos": options.qos,
             "gateway_batch": {name: MODELS[name].batch for name in options.models},
             "mosec": {name: MOSEC[name].environment(Path(f"{name}.onnx")) for name in options.models},
         },

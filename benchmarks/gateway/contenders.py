@@ -15,6 +15,7 @@ from benchmarks.gateway.models import BenchModel
 from benchmarks.gateway.payloads import DEVICES, SITE, read_payload
 from benchmarks.gateway.processes import Measured, measure, running
 from fleet_console.broker import RunningBroker, free_port
+from shoal.routes import ROUTES, Route
 from shoal.v1 import inference_pb2 as pb
 
 OUTSTANDING = 64
@@ -43,13 +44,14 @@ class MosecTuning:
 
 @dataclass(frozen=True, slots=True)
 class Kit:
-    """Where the things are that runs need: programs, one model's file, its payloads and a reply."""
+    """Where the things are that runs need: programs, one model's file, its payloads and a reply; `qos` is the devices'."""
 
     model: BenchModel
     folder: Path
     native: Path
     logs: Path
     mosec_python: Path
+    qos: int = 1
 
     @property
     def onnx(self) -> Path:
@@ -77,6 +79,7 @@ class MqttContender:
         """One run; `rate` 0 keeps `OUTSTANDING` questions under way."""
         command = [str(self._kit.native / "mqtt_load"), "--port", str(self._broker.port), "--site", self._site]
         command += ["--payloads", str(self._kit.payloads), "--devices", str(DEVICES), "--seconds", str(seconds)]
+        command += ["--qos", str(self._kit.qos)]
         command += ["--rate", str(rate)] if rate else ["--outstanding", str(OUTSTANDING)]
         return measure(command, {"broker": self._broker.process.pid, "server": self._pid}, seconds)
 
@@ -131,6 +134,7 @@ def gateway(kit: Kit, broker: RunningBroker) -> Iterator[MqttContender]:
 @contextlib.contextmanager
 def echo(kit: Kit, broker: RunningBroker) -> Iterator[MqttContender]:
     arguments = ["--port", str(broker.port), "--site", _ECHO_SITE, "--reply", str(kit.reply)]
+    arguments += ["--reply-qos", str(ROUTES[Route.REPLY].qos)]
     command = [str(kit.native / "mqtt_echo"), *arguments]
     with running(command, kit.logs / "echo.log", ready="ready") as pid:
         contender = MqttContender(kit, broker, pid, _ECHO_SITE)

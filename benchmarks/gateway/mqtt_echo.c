@@ -1,9 +1,9 @@
 /* What a gateway costs that does nothing: each question is answered at once, with the same bytes, and then acknowledged.
 
-       mqtt_echo --port 1883 --site echo --reply FILE
+       mqtt_echo --port 1883 --site echo --reply FILE [--subscribe-qos 1] [--reply-qos 1]
 
-   It subscribes as a gateway does, in a shared group, and replies with the question's correlation data at the gateway's
-   QoS to the topic derived from the question's. Says `ready` when it is subscribed, and runs until it is killed. */
+   It subscribes as a gateway does, in a shared group, and replies with the question's correlation data to the topic
+   derived from the question's. Says `ready` when it is subscribed, and runs until it is killed. */
 #include "mqtt.h"
 
 #include <getopt.h>
@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { QOS = 1, RECEIVE_MAXIMUM = 200, MAX_REPLY_BYTES = 65536 };
+enum { RECEIVE_MAXIMUM = 200, MAX_REPLY_BYTES = 65536 };
 
 static const char UP[] = "shoal/v1/up/", DOWN[] = "shoal/v1/down/", INFER[] = "/infer", REPLY[] = "/reply";
 
@@ -36,13 +36,13 @@ static struct span reply_topic(struct span asked, uint8_t *out, size_t capacity)
     return (struct span){out, strlen(DOWN) + names + strlen(REPLY)};
 }
 
-static void answer(struct client *client, struct span properties, struct span reply) {
+static void answer(struct client *client, struct span properties, struct span reply, uint8_t qos) {
     struct packet packet;
     while (client_next(client, &packet)) {
         struct publish question;
         if (packet.type != PUBLISH || !parse_publish(&packet, &question)) die("a packet that is no question");
         uint8_t topic[512];
-        put_publish(client, reply_topic(question.topic, topic, sizeof topic), QOS, properties, question.correlation,
+        put_publish(client, reply_topic(question.topic, topic, sizeof topic), qos, properties, question.correlation,
                     reply);
         if (question.qos) put_puback(client, question.id);
     }
@@ -50,8 +50,10 @@ static void answer(struct client *client, struct span properties, struct span re
 
 int main(int count, char **arguments) {
     const char *host = "127.0.0.1", *port = "1883", *site = "echo", *reply_path = NULL;
+    int subscribe_qos = 1, reply_qos = 1;
     static const struct option known[] = {
-        {"host", 1, NULL, 'h'}, {"port", 1, NULL, 'p'}, {"site", 1, NULL, 's'}, {"reply", 1, NULL, 'r'}, {NULL, 0, NULL, 0},
+        {"host", 1, NULL, 'h'}, {"port", 1, NULL, 'p'}, {"site", 1, NULL, 's'}, {"reply", 1, NULL, 'r'},
+        {"subscribe-qos", 1, NULL, 'S'}, {"reply-qos", 1, NULL, 'R'}, {NULL, 0, NULL, 0},
     };
     int option;
     while ((option = getopt_long(count, arguments, "", known, NULL)) != -1) {
@@ -60,10 +62,13 @@ int main(int count, char **arguments) {
             case 'p': port = optarg; break;
             case 's': site = optarg; break;
             case 'r': reply_path = optarg; break;
+            case 'S': subscribe_qos = atoi(optarg); break;
+            case 'R': reply_qos = atoi(optarg); break;
             default: exit(2);
         }
     }
-    if (reply_path == NULL) die("expected --reply FILE");
+    bool is_good = reply_path != NULL && (subscribe_qos | 1) == 1 && (reply_qos | 1) == 1;
+    if (!is_good) die("expected --reply FILE; a QoS is 0 or 1");
     struct span reply = load_reply(reply_path);
     uint8_t encoded[256];
     size_t size = encode_string_property(encoded, 0x03, "application/x-protobuf", NULL);
@@ -72,13 +77,13 @@ int main(int count, char **arguments) {
     snprintf(filter, sizeof filter, "$share/gw-echo/%s%s/+%s", UP, site, INFER);
     struct client client;
     client_connect(&client, host, port, "gw-echo", RECEIVE_MAXIMUM);
-    client_subscribe(&client, filter, QOS);
+    client_subscribe(&client, filter, (uint8_t)subscribe_qos);
     puts("ready");
     fflush(stdout);
     for (;;) {
         bool is_flushed = client_flush(&client);
         poll(&(struct pollfd){.fd = client.fd, .events = is_flushed ? POLLIN : POLLIN | POLLOUT}, 1, -1);
         client_read(&client);
-        answer(&client, (struct span){encoded, size}, reply);
+        answer(&client, (struct span){encoded, size}, reply, (uint8_t)reply_qos);
     }
 }
