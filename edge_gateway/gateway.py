@@ -223,8 +223,8 @@ class Gateway:
                 request.reply,
                 correlation=request.correlation,
                 qos=request.qos,
-                site=request.site,
-                node=request.device,
+                site=request.sender.site,
+                node=request.sender.node,
             )
             if not sent and self.link.connected:
                 return  # the window is full; the next PUBACK makes room
@@ -237,6 +237,9 @@ class Gateway:
 
     def _count(self, request: OpenRequest, *, sent: bool) -> None:
         self.counters["replies" if sent else "replies.unsent"] += 1
+        if not request.has_refusals:
+            self.counters["rows.ok"] += len(request.reply.rows)
+            return
         for row in request.reply.rows:
             self.counters[_COUNTER_OF_STATUS[row.status]] += 1
 

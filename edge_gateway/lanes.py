@@ -8,7 +8,7 @@ worker is free. A swap of models happens between batches: rows under way finish 
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -48,6 +48,10 @@ class LaneConfig:
     max_waiting_per_device: int = 64
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     cache: CacheConfig = field(default_factory=CacheConfig)
+
+
+# A row, the release that had it, and what came of it.
+Settled = tuple[Row, ServedModel, Outcome]
 
 
 @dataclass(slots=True)
@@ -119,9 +123,9 @@ class Lanes:
             for row in parse_rows(opened, request, lane.served.values, size_bytes=size_bytes):
                 lane.batcher.add(opened.device, row, opened.arrived, replay=request.replay)
 
-    def run(self, now: float) -> Iterator[tuple[Row, ServedModel, Outcome]]:
-        """Run every batch that may leave now; yields what is answered, and whatever workers have finished."""
-        yield from self._finished()
+    def run(self, now: float) -> list[Settled]:
+        """Run every batch that may leave now; return what is answered, and whatever workers have finished."""
+        settled = self._finished()
         for lane in self._lanes.values():
             while not (lane.is_slow and lane.running >= self._config.workers):
                 batch = lane.batcher.take(now, drained=True)
@@ -129,7 +133,8 @@ class Lanes:
                     break
                 self._counters[batch.left.value] += 1
                 self.histograms.queue_s.observe(now - batch.since)
-                yield from self._start(lane, batch.rows, now)
+                settled += self._start(lane, batch.rows, now)
+        return settled
 
     def due_at(self) -> float | None:
         """When `run` has something to do though no socket says so."""
@@ -144,47 +149,49 @@ class Lanes:
         """End the workers; what they have not finished is asked again."""
         self._workers.shutdown(cancel_futures=True)
 
-    def _start(self, lane: _Lane, rows: list[Row], now: float) -> Iterator[tuple[Row, ServedModel, Outcome]]:
+    def _start(self, lane: _Lane, rows: list[Row], now: float) -> list[Settled]:
         served = lane.served
         if served is None:
             raise RuntimeError("rows wait for a model that was never there")
         rows = [row for row in rows if not self._is_settled(row, served, now)]
         hits, misses = self._cache.lookup(served.digest, rows)
-        for row, scored in hits:
-            yield row, served, scored
+        settled: list[Settled] = [(row, served, scored) for row, scored in hits]
         if not misses:
-            return
+            return settled
         self.histograms.batch_rows.observe(len(misses))
         job = Job(served, misses)
         if lane.is_slow:
             lane.running += 1
             self._workers.submit(_timed, job).add_done_callback(lambda future: self._hand_back(lane, job, future))
-        else:
-            yield from self._finish(job, _timed(job))
+            return settled
+        return settled + self._finish(job, _timed(job))
 
     def _hand_back(self, lane: _Lane, job: Job, future: "Future[float]") -> None:
         if not future.cancelled():
             self._done.put((lane, job, future))
             self._wake()
 
-    def _finished(self) -> Iterator[tuple[Row, ServedModel, Outcome]]:
+    def _finished(self) -> list[Settled]:
+        settled: list[Settled] = []
         while True:
             try:
                 lane, job, future = self._done.get_nowait()
             except Empty:
-                return
+                return settled
             lane.running -= 1
-            yield from self._finish(job, future.result())
+            settled += self._finish(job, future.result())
 
-    def _finish(self, job: Job, took_s: float) -> Iterator[tuple[Row, ServedModel, Outcome]]:
+    def _finish(self, job: Job, took_s: float) -> list[Settled]:
         self.histograms.inference_s.observe(took_s)
-        for row, outcome in zip(job.rows, job.outcomes, strict=True):
-            if isinstance(outcome, Scored):
-                self._counters["rows.inferred"] += 1
-                self._cache.put(job.model.digest, row, outcome)
-            else:
-                self._counters["model_errors"] += 1
-            yield row, job.model, outcome
+        model = job.model
+        scored = sum(isinstance(outcome, Scored) for outcome in job.outcomes)
+        self._counters["rows.inferred"] += scored
+        self._counters["model_errors"] += len(job.outcomes) - scored
+        if not self._cache.is_bypassed:
+            for row, outcome in zip(job.rows, job.outcomes, strict=True):
+                if isinstance(outcome, Scored):
+                    self._cache.put(model.digest, row, outcome)
+        return [(row, model, outcome) for row, outcome in zip(job.rows, job.outcomes, strict=True)]
 
     def _is_settled(self, row: Row, served: ServedModel, now: float) -> bool:
         """Nobody waits for it, or it was unpacked for a release of another shape: answered without the model."""

@@ -5,12 +5,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shoal.codec import MAX_ROW_BYTES
+from shoal.codec import MAX_ROW_BYTES, MAX_ROWS
 from shoal.errors import MAX_MESSAGE_CHARS, PayloadError
 from shoal.ids import parse_id
 from shoal.routes import Address, Route, topic
 from shoal.tensors import check_epoch, check_identity, raw_reading
 from shoal.v1 import inference_pb2 as pb
+
+_FIELDS = tuple(f"rows[{index}].reading" for index in range(MAX_ROWS))
 
 
 class OpenRequest:
@@ -27,19 +29,18 @@ class OpenRequest:
     """
 
     __slots__ = (
+        "_outputs_bytes",
         "ack",
         "answer_only",
         "arrived",
         "correlation",
         "deadline",
-        "device",
-        "epoch",
+        "has_refusals",
         "model",
         "on_complete",
-        "outputs_bytes",
         "qos",
         "reply",
-        "site",
+        "sender",
         "unanswered",
         "wants_outputs",
     )
@@ -56,24 +57,32 @@ class OpenRequest:
         ack: Callable[[], None] = lambda: None,
     ) -> None:
         """Begin to answer a checked request."""
-        self.site = sender.site
-        self.device = request.device
-        self.epoch = request.epoch
+        self.sender = sender
         self.model = request.model
         self.correlation = correlation
         self.qos = qos
         self.ack = ack
         self.on_complete = on_complete
         self.arrived = now
-        hurry_s = 0.0 if request.replay else request.answer_within_ms / 1000
-        self.deadline = now + hurry_s if hurry_s else None
+        hurry_ms = request.answer_within_ms
+        self.deadline = now + hurry_ms / 1000 if hurry_ms and not request.replay else None
         self.answer_only = request.answer_only
         self.wants_outputs = request.wants_outputs
-        self.outputs_bytes = 0
-        self.reply = pb.InferenceReply(epoch=self.epoch, model=self.model)
+        self.has_refusals = False
+        self._outputs_bytes = 0
+        self.reply = reply = pb.InferenceReply(epoch=request.epoch, model=self.model)
+        add = reply.rows.add
         for row in request.rows:
-            self.reply.rows.add(seq=row.reading.seq)
-        self.unanswered = len(self.reply.rows)
+            add(seq=row.reading.seq)
+        self.unanswered = len(reply.rows)
+
+    @property
+    def device(self) -> str:
+        return self.sender.node
+
+    @property
+    def epoch(self) -> bytes:
+        return self.reply.epoch
 
     def is_late(self, now: float) -> bool:
         """Nobody waits for the answer any more, and nothing else is owed."""
@@ -81,9 +90,9 @@ class OpenRequest:
 
     def has_room(self, outputs_bytes: int) -> bool:
         """Whether another row's outputs fit the reply; counts them in where they do."""
-        if self.outputs_bytes + outputs_bytes > MAX_ROW_BYTES // 2:
+        if self._outputs_bytes + outputs_bytes > MAX_ROW_BYTES // 2:
             return False
-        self.outputs_bytes += outputs_bytes
+        self._outputs_bytes += outputs_bytes
         return True
 
     def answer(self, index: int, answer: pb.Answer, *, promised: bool) -> None:
@@ -94,6 +103,7 @@ class OpenRequest:
         self._settled()
 
     def refuse(self, index: int, status: pb.Status, message: str, field: str = "") -> None:
+        self.has_refusals = True
         row = self.reply.rows[index]
         row.status = status
         row.field = field
@@ -125,7 +135,7 @@ class Row(NamedTuple):
 
     @property
     def field(self) -> str:
-        return f"rows[{self.place}].reading"
+        return _FIELDS[self.place]
 
 
 def check_request(request: pb.InferenceRequest, sender: Address, response_topic: str) -> None:
@@ -153,13 +163,14 @@ def parse_rows(opened: OpenRequest, request: pb.InferenceRequest, values: int, *
     """
     good = []
     is_small = size_bytes <= MAX_ROW_BYTES
+    device, epoch = opened.device, opened.epoch
     for index, question in enumerate(request.rows):
         reading = question.reading
         try:
             if not is_small:
                 _check_size(question, index)
-            check_identity(opened.device, opened.epoch, reading, f"rows[{index}].reading")
-            dtype, data = raw_reading(reading, values, f"rows[{index}].reading")
+            check_identity(device, epoch, reading, _FIELDS[index])
+            dtype, data = raw_reading(reading, values, _FIELDS[index])
         except PayloadError as exc:
             opened.refuse(index, pb.STATUS_INVALID_ARGUMENT, str(exc), exc.field)
         else:

@@ -1,6 +1,7 @@
 """Names that travel in topics."""
 
 import re
+from functools import lru_cache
 
 from shoal.errors import PayloadError
 
@@ -8,6 +9,8 @@ from shoal.errors import PayloadError
 _ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 
+# Pure, and asked several times for every message; bounded, because senders choose what is remembered.
+@lru_cache(maxsize=4096)
 def parse_id(text: str, field: str) -> str:
     """Return `text` when it is a valid node, site, service or model id.
 

@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 
 from shoal.codec import decode
 from shoal.errors import PayloadError
-from shoal.routes import ROUTES, Address, Route, parse_topic
+from shoal.routes import ROUTES, Address, Route, RouteSpec, parse_topic
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,12 @@ Handler = Callable[[Delivery], None]
 BadHook = Callable[[Delivery, PayloadError], None]
 
 
+class _Entry(NamedTuple):
+    handler: Handler
+    ack_late: bool
+    spec: RouteSpec
+
+
 class Inbox:
     """One handler for each route; decodes, counts what cannot be used, and acknowledges in every case.
 
@@ -40,7 +46,7 @@ class Inbox:
 
     def __init__(self, counters: Counter[str]) -> None:
         self._counters = counters
-        self._handlers: dict[Route, tuple[Handler, bool]] = {}
+        self._handlers: dict[Route, _Entry] = {}
         self._bad_hooks: dict[Route, BadHook] = {}
 
     def register(self, route: Route, handler: Handler, *, ack_late: bool) -> None:
@@ -49,7 +55,8 @@ class Inbox:
         Raises:
             ValueError: the route has another handler already.
         """
-        if self._handlers.setdefault(route, (handler, ack_late)) != (handler, ack_late):
+        entry = _Entry(handler, ack_late, ROUTES[route])
+        if self._handlers.setdefault(route, entry) != entry:
             raise ValueError(f"{route} has a handler already")
 
     def on_bad(self, route: Route, hook: BadHook) -> None:
@@ -74,15 +81,15 @@ class Inbox:
             ack()
             return
         route = address.route
-        handler, ack_late = self._handlers.get(route, (None, False))
-        if handler is None or (retained and not ROUTES[route].retain):
+        entry = self._handlers.get(route)
+        if entry is None or (retained and not entry.spec.retain):
             # A retained command would be obeyed again by every node that ever connects.
             self._counters["ignored_messages"] += 1
             ack()
             return
         try:
-            message = _message_of(route, payload)
-            handler(Delivery(address, payload, message, retained, qos, correlation, response_topic, ack))
+            message = _message_of(entry.spec, payload)
+            entry.handler(Delivery(address, payload, message, retained, qos, correlation, response_topic, ack))
         except PayloadError as exc:
             self._count_bad(route.value, exc)
             if route in self._bad_hooks:
@@ -90,7 +97,7 @@ class Inbox:
                 self._bad_hooks[route](bad, exc)
             ack()
             return
-        if not ack_late:
+        if not entry.ack_late:
             ack()
 
     def _count_bad(self, where: str, error: PayloadError) -> None:
@@ -98,8 +105,7 @@ class Inbox:
         log.debug("bad payload on=%s error=%s", where, error)
 
 
-def _message_of(route: Route, payload: bytes) -> Message | None:
-    spec = ROUTES[route]
+def _message_of(spec: RouteSpec, payload: bytes) -> Message | None:
     if spec.message is None or (spec.retain and not payload):
         return None
     return decode(spec.message, payload)

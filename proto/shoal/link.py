@@ -31,7 +31,7 @@ from shoal.inbox import BadHook, Handler, Inbox
 from shoal.link_config import Identity, LinkConfig
 from shoal.loop import Loop, Socket, Timer
 from shoal.mqtt_client import WireClient
-from shoal.routes import ROUTES, Route, topic, topic_filter
+from shoal.routes import ROUTES, Route, topic, topic_bytes, topic_filter
 from shoal.subscriptions import Subscriptions
 from shoal.v1.node_pb2 import Presence
 from shoal.wire import (
@@ -59,6 +59,7 @@ _MAX_BACKLOG_BYTES = 4 << 20
 # From here on reason codes are failures; those below would be refused again:
 # not authorized, topic name invalid, packet too large, payload format invalid: MQTT 5, section 2.4.
 _REFUSED = 0x80
+_OPAQUE = publish_properties(OPAQUE_CONTENT_TYPE, None)
 _PERMANENT = frozenset({0x87, 0x90, 0x95, 0x99})
 
 Done = Callable[[LinkError | None], None]
@@ -180,12 +181,12 @@ class Link:
         if chosen_qos == 0 and on_done is not None:
             raise ValueError("nobody answers a message of QoS 0")
         client = self._client
-        if client is None or self.room() <= 0 or (chosen_qos == 0 and client.backlog_bytes() > _MAX_BACKLOG_BYTES):
+        if client is None or self.room() <= 0 or (chosen_qos == 0 and client.is_stuck(_MAX_BACKLOG_BYTES)):
             return False
         if isinstance(message, bytes):
-            payload, properties = message, _kind_properties(OPAQUE_CONTENT_TYPE, None)
+            payload, properties = message, _OPAQUE
         else:
-            payload, properties = encode(message), _kind_properties(CONTENT_TYPE, schema_of(message))
+            payload, properties = encode(message), _properties_of(schema_of(message))
         if correlation:
             properties = correlation_property(correlation) + properties
         if expiry_s is not None:
@@ -193,7 +194,7 @@ class Link:
         packet_id = self._expect_answer(client, on_done) if chosen_qos else 0
         self._send(
             encode_publish(
-                topic(route, **segments).encode(),
+                topic_bytes(route, **segments),
                 payload,
                 qos=chosen_qos,
                 retain=spec.retain,
@@ -476,13 +477,13 @@ class Link:
         route, segments = self.identity.presence
         presence = self._presence(online=online)
         packet = encode_publish(
-            topic(route, **segments).encode(),
+            topic_bytes(route, **segments),
             encode(presence),
             qos=1,
             retain=True,
             # It takes its place in the broker's receive-maximum.
             packet_id=self._expect_answer(self._client, None),
-            properties=_kind_properties(CONTENT_TYPE, schema_of(presence)),
+            properties=_properties_of(schema_of(presence)),
         )
         self._send(packet)
 
@@ -497,8 +498,8 @@ def _no_ack() -> None:
 
 
 @lru_cache(maxsize=64)
-def _kind_properties(content_type: str, schema: str | None) -> bytes:
-    return publish_properties(content_type, schema)
+def _properties_of(schema: str) -> bytes:
+    return publish_properties(CONTENT_TYPE, schema)
 
 
 def _properties(packet_type: int) -> Properties:

@@ -82,9 +82,9 @@ class WireClient(Client):
         )
         self.loop_write()
 
-    def backlog_bytes(self) -> int:
-        """What the socket has not taken yet."""
-        return sum(packet["to_process"] for packet in self._out_packet)
+    def is_stuck(self, backlog_bytes: int) -> bool:
+        """The socket has left more than this untaken."""
+        return bool(self._out_packet) and sum(packet["to_process"] for packet in self._out_packet) > backlog_bytes
 
     def next_packet_id(self) -> int:
         """A packet identifier; SUBSCRIBE draws from the same row."""

@@ -7,7 +7,7 @@ state is retained and commands never are; no topic has more than seven slashes (
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum, unique
+from enum import StrEnum, unique
 from functools import lru_cache
 from types import MappingProxyType
 
@@ -25,7 +25,7 @@ MAX_SLASHES = 7
 
 
 @unique
-class Route(Enum):
+class Route(StrEnum):
     PRESENCE = "presence"
     STATE = "state"
     INFER = "infer"
@@ -110,6 +110,12 @@ def topic(route: Route, **segments: str) -> str:
         PayloadError: a segment is not a valid id.
     """
     return ROUTES[route].template.format(**{name: _checked(name, segments[name]) for name in _NAMES[route]})
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def topic_bytes(route: Route, **segments: str) -> bytes:
+    """`topic`, as it travels."""
+    return topic(route, **segments).encode()
 
 
 def topic_filter(route: Route, *, group: str | None = None, **segments: str) -> str:

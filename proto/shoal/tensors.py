@@ -49,7 +49,9 @@ def to_array(tensor: pb.Tensor, field: str = "tensor") -> NDArray[Any]:
     Raises:
         PayloadError: unknown dtype, or the shape does not explain the bytes.
     """
-    dtype, _ = _check_tensor(tensor, field)
+    dtype = _dtype_of(tensor)
+    if dtype is None:
+        raise _error_in(tensor, field)
     shape = tuple(tensor.shape)
     try:
         return np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
@@ -57,23 +59,27 @@ def to_array(tensor: pb.Tensor, field: str = "tensor") -> NDArray[Any]:
         raise PayloadError(f"{list(shape)} is too large", field=f"{field}.shape") from exc
 
 
-def _check_tensor(tensor: pb.Tensor, field: str) -> tuple[np.dtype[Any], int]:
-    """Its element type and how many there are, once the bytes agree."""
+def _dtype_of(tensor: pb.Tensor) -> np.dtype[Any] | None:
+    """Its element type, once the bytes agree with the shape; None where something is wrong."""
+    dtype = DTYPES.get(tensor.dtype)
+    shape = tensor.shape
+    # The number of dimensions first: the product of all that a message can hold takes seconds. And math.prod, because
+    # numpy's overflows to 0 on a hostile shape.
+    if dtype is None or len(shape) > _MAX_DIMENSIONS or math.prod(shape) * dtype.itemsize != len(tensor.data):
+        return None
+    return dtype
+
+
+def _error_in(tensor: pb.Tensor, field: str) -> PayloadError:
+    """What is wrong with a tensor that has no `_dtype_of`."""
     dtype = DTYPES.get(tensor.dtype)
     if dtype is None:
-        raise PayloadError(f"unknown element type {tensor.dtype}", field=f"{field}.dtype")
-    shape = tensor.shape
-    # First: the product of all the dimensions that a message can hold takes seconds.
-    if len(shape) > _MAX_DIMENSIONS:
-        raise PayloadError(f"{len(shape)} dimensions, at most {_MAX_DIMENSIONS}", field=f"{field}.shape")
-    # math.prod, because numpy's overflows to 0 on a hostile shape.
-    count = math.prod(shape)
-    expected = count * dtype.itemsize
-    if expected != len(tensor.data):
-        raise PayloadError(
-            f"{list(shape)} of {dtype} needs {expected} bytes, got {len(tensor.data)}", field=f"{field}.data"
-        )
-    return dtype, count
+        return PayloadError(f"unknown element type {tensor.dtype}", field=f"{field}.dtype")
+    if len(tensor.shape) > _MAX_DIMENSIONS:
+        return PayloadError(f"{len(tensor.shape)} dimensions, at most {_MAX_DIMENSIONS}", field=f"{field}.shape")
+    expected = math.prod(tensor.shape) * dtype.itemsize
+    message = f"{list(tensor.shape)} of {dtype} needs {expected} bytes, got {len(tensor.data)}"
+    return PayloadError(message, field=f"{field}.data")
 
 
 def raw_reading(reading: SensorData, count: int, field: str = "reading") -> tuple[np.dtype[Any], bytes]:
@@ -84,15 +90,17 @@ def raw_reading(reading: SensorData, count: int, field: str = "reading") -> tupl
     """
     kind = reading.WhichOneof("value")
     if kind == "tensor":
-        dtype, found = _check_tensor(reading.tensor, f"{field}.tensor")
+        dtype = _dtype_of(reading.tensor)
+        if dtype is None:
+            raise _error_in(reading.tensor, f"{field}.tensor")
         data = reading.tensor.data
     elif kind == "scalars":
-        dtype, found = _FLOAT32, len(reading.scalars.values)
+        dtype = _FLOAT32
         data = np.array(reading.scalars.values, dtype=dtype).tobytes()
     else:
         raise PayloadError(f"carries {kind or 'no value'}, expected scalars or tensor", field=field)
-    if found != count:
-        raise PayloadError(f"{found} values, expected {count}", field=f"{field}.{kind}")
+    if len(data) != count * dtype.itemsize:
+        raise PayloadError(f"{len(data) // dtype.itemsize} values, expected {count}", field=f"{field}.{kind}")
     return dtype, data
 
 

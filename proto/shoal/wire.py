@@ -24,6 +24,8 @@ _RESPONSE_TOPIC = 0x08
 _CORRELATION = 0x09
 _USER_PROPERTY = 0x26
 
+_SMALL = tuple(bytes((value,)) for value in range(256))
+
 
 class MalformedPacketError(Exception):
     """The broker broke the protocol; the connection cannot go on."""
@@ -55,18 +57,19 @@ def packet_bounds(data: bytes, start: int, max_bytes: int) -> tuple[int, int] | 
         MalformedPacketError: its length is none, or above `max_bytes`.
     """
     length = shift = 0
-    for position in range(start + 1, min(len(data), start + 1 + _MAX_LENGTH_BYTES)):
+    available = len(data)
+    for position in range(start + 1, start + 1 + _MAX_LENGTH_BYTES):
+        if position >= available:
+            return None
         byte = data[position]
         length |= (byte & 0x7F) << shift
         if byte < 0x80:  # noqa: PLR2004  no continuation bit
             if length > max_bytes:
                 raise MalformedPacketError(f"a packet of {length} bytes, at most {max_bytes} were agreed on")
             end = position + 1 + length
-            return (position + 1, end) if end <= len(data) else None
+            return (position + 1, end) if end <= available else None
         shift += 7
-    if len(data) > start + _MAX_LENGTH_BYTES:
-        raise MalformedPacketError("a packet's length does not end")
-    return None
+    raise MalformedPacketError("a packet's length does not end")
 
 
 def parse_publish(data: bytes, start: int, body: int, end: int) -> Publish | None:
@@ -91,10 +94,11 @@ def parse_publish(data: bytes, start: int, body: int, end: int) -> Publish | Non
     if found is None:
         return None
     try:
-        topic, response_topic = str(data[topic_at:topic_end], "utf-8"), str(found[1], "utf-8")
+        topic = data[topic_at:topic_end].decode()
+        response_topic = found[1].decode() if found[1] else ""
     except UnicodeDecodeError:
         return None
-    return Publish(topic, data[payload_at:end], qos, bool(flags & _RETAIN), packet_id, found[0], response_topic)
+    return Publish(topic, data[payload_at:end], qos, flags & _RETAIN == _RETAIN, packet_id, found[0], response_topic)
 
 
 def _parse_properties(data: bytes, at: int, end: int) -> tuple[bytes, bytes] | None:
@@ -151,7 +155,7 @@ def publish_properties(content_type: str, schema: str | None) -> bytes:
 
 
 def correlation_property(correlation: bytes) -> bytes:
-    return _property(_CORRELATION, correlation)
+    return b"\x09" + len(correlation).to_bytes(2, "big") + correlation
 
 
 def expiry_property(expiry_s: int) -> bytes:
@@ -164,12 +168,25 @@ def encode_publish(topic: bytes, payload: bytes, *, qos: int, retain: bool, pack
     Raises:
         ValueError: it is larger than MQTT can say.
     """
-    head = len(topic).to_bytes(2, "big") + topic
-    if qos:
-        head += packet_id.to_bytes(2, "big")
-    head += _length(len(properties)) + properties
-    flags = PUBLISH | qos << _QOS_SHIFT | retain
-    return b"".join((bytes((flags,)), _length(len(head) + len(payload)), head, payload))
+    topic_size, properties_size = len(topic), len(properties)
+    size = topic_size + properties_size + len(payload) + (5 if qos else 3)
+    if properties_size < 0x80:  # noqa: PLR2004  else its length takes another byte
+        properties_length = _SMALL[properties_size]
+    else:
+        properties_length = _length(properties_size)
+        size += len(properties_length) - 1
+    return b"".join(
+        (
+            _SMALL[PUBLISH | qos << _QOS_SHIFT | retain],
+            _length(size),
+            topic_size.to_bytes(2, "big"),
+            topic,
+            packet_id.to_bytes(2, "big") if qos else b"",
+            properties_length,
+            properties,
+            payload,
+        )
+    )
 
 
 def encode_puback(packet_id: int) -> bytes:
@@ -180,7 +197,9 @@ def encode_puback(packet_id: int) -> bytes:
 def _length(value: int) -> bytes:
     """A variable byte integer, section 1.5.5."""
     if value < 0x80:  # noqa: PLR2004
-        return bytes((value,))
+        return _SMALL[value]
+    if value < 0x4000:  # noqa: PLR2004  two bytes: most of what travels
+        return _SMALL[value & 0x7F | 0x80] + _SMALL[value >> 7]
     if value > _MAX_LENGTH:
         raise ValueError(f"{value} bytes, at most {_MAX_LENGTH}")
     encoded = bytearray()
