@@ -2,7 +2,6 @@
 
 import logging
 import random
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -125,7 +124,6 @@ def run(settings: AgentSettings, *, until_dry: bool = False) -> None:
         outbox = Outbox(directory / "outbox.sqlite", Limits(settings.outbox_items, settings.outbox_bytes))
         closing.callback(outbox.close)
         device = Device(settings.device_config(), link, outbox, rng=rng, clock=loop.clock)
-        counters: Counter[str] = Counter()
         updates = UpdateClient(
             link,
             TrustStore(directory / "trust", root),
@@ -135,10 +133,11 @@ def run(settings: AgentSettings, *, until_dry: bool = False) -> None:
             self_test=ChildSelfTest("device_agent.runtime"),
             activate=device.activate,
             rng=rng,
-            counters=counters,
+            counters=link.counters,
         )
         closing.callback(updates.close)
         device.model_states = updates.state
+        device.clock_suspect = lambda: updates.clock_suspect
         updates.start()
         pump = _Pump(device, outbox, CsvSource(Path(settings.source.path), settings.source.columns))
         link.attach(loop)

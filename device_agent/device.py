@@ -91,6 +91,7 @@ class Device:
 
     Attributes:
         model_states: what the update client says of the slots, for NodeState.
+        clock_suspect: what it says of the clock.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Device:
         self.config = config
         self.link = link
         self.model_states: Callable[[], list[ModelState]] = list
+        self.clock_suspect: Callable[[], bool] = lambda: False
         self._outbox = outbox
         self._lane = lane
         self._rng = rng
@@ -345,7 +347,7 @@ class Device:
     def _report(self) -> Report:
         counters: Counter[str] = self._outbox.counters(self.config.node)
         counters.update(self.link.counters)
-        return Report(counters, self.model_states())
+        return Report(counters, self.model_states(), self.clock_suspect())
 
     def _report_now(self) -> str:
         self._reporter.soon()

@@ -78,6 +78,7 @@ class Gateway:
         self.counters: Counter[str] = Counter()
         self.lanes = Lanes(config.models, config.lanes, self.counters, wake=loop.wake)
         self.model_states: Callable[[], list[ModelState]] = list
+        self.clock_suspect: Callable[[], bool] = lambda: False
         self._clock = loop.clock
         self._outbox = outbox
         self._open = 0
@@ -263,7 +264,7 @@ class Gateway:
                 bound = histogram.quantile(share / 100)
                 if bound < float("inf"):
                     counters[f"{name}.p{share}_us"] = int(bound * 1_000_000)
-        return Report(counters, self.model_states())
+        return Report(counters, self.model_states(), self.clock_suspect())
 
     def _report_now(self) -> str:
         self._reporter.soon()

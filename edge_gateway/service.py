@@ -115,6 +115,7 @@ def run(settings: GatewaySettings) -> None:
         counters=gateway.counters,
     )
     gateway.model_states = updates.state
+    gateway.clock_suspect = lambda: updates.clock_suspect
     updates.start()
     loop.call_every(_TICK_S, updates.tick)
     try:

@@ -6,7 +6,6 @@ python -m simulator fleet --config fleet.toml
 import json
 import random
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -166,9 +165,10 @@ class Fleet:
             self_test=self._self_test,
             activate=device.activate,
             rng=rng,
-            counters=Counter(),
+            counters=link.counters,
         )
         device.model_states = updates.state
+        device.clock_suspect = lambda: updates.clock_suspect
         stream = open_stream(
             self._kind,
             self._data,

@@ -22,6 +22,7 @@ TREES = ("proto", "cloud", "fleet_console", "tests")
 RELEASE = "proto/shoal/release/"
 TRUST, DELIVERY = "tests/shoal/release/test_trust.py", "tests/shoal/release/test_delivery.py"
 TRANSFER, CHUNKS, SLOTS = (f"tests/shoal/release/test_{name}.py" for name in ("transfer", "chunks", "slots"))
+ATTACKS, ROTATION = "tests/shoal/release/test_attacks.py", "tests/cloud/test_rotation.py"
 OFFER, SELFTEST = (f"tests/shoal/release/test_{name}.py" for name in ("offer", "selftest"))
 TIMEOUT_S = 300
 
@@ -40,8 +41,19 @@ class Mutant:
     tests: tuple[str, ...]
 
 
+def root_step(
+    by="self.root", version="self.root.version + 1", itself="root.verify_delegate(Root.type, body, signatures)"
+):
+    return UPDATE_ROOT.format(by=by, version=version, itself=itself)
+
+
 def source(name, file, old, new, *tests):
     return Mutant(name, RELEASE + file, old, new, tests)
+
+
+def cloud(name, file, old, new):
+    """A check of a change of keys."""
+    return Mutant(name, "cloud/" + file, old, new, (ROTATION,))
 
 
 def library(name, patch, *tests):
@@ -57,13 +69,34 @@ NO_EXPIRY = """
 from tuf.api.metadata import Signed
 Signed.is_expired = lambda *a, **k: False
 """
+NO_ROOT_SIGNATURES = """
+from tuf.api.metadata import Root
+whole = Root.verify_delegate
+Root.verify_delegate = lambda self, role, *a, **k: None if role == "root" else whole(self, role, *a, **k)
+"""
+# python-tuf's step from one root to the next, in which a check can be left out.
+UPDATE_ROOT = """
+from tuf.api.exceptions import BadVersionNumberError
+from tuf.api.metadata import Root
+from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet
+
+def update_root(self, data):
+    root, body, signatures = self._load_data(Root, data, {by})
+    if root.version != {version}:
+        raise BadVersionNumberError(f"Expected root version {{self.root.version + 1}} instead got version {{root.version}}")
+    {itself}
+    self._add(Root.type, root, Root.type)
+    return root
+
+TrustedMetadataSet.update_root = update_root
+"""
 NO_META_HASH = """
 from tuf.api.metadata import MetaFile
 MetaFile.verify_length_and_hashes = lambda *a, **k: None
 """
 
 MUTANTS = (
-    source("digest of a chunk", "transfer.py", " or digest(payload) != sha256", "", TRANSFER, DELIVERY),
+    source("digest of a chunk", "transfer.py", " or digest(payload) != sha256", "", TRANSFER, ATTACKS),
     source("length of a chunk", "transfer.py", "len(payload) != want.length_bytes or ", "", TRANSFER),
     source(
         "cleared topic is no chunk", "transfer.py", "want is None or not payload", "want is None", DELIVERY, TRANSFER
@@ -134,7 +167,7 @@ MUTANTS = (
         "if False:",
         OFFER,
     ),
-    source("bundle is bounded", "client.py", "if len(bundle.entries) > MAX_ENTRIES:", "if False:", DELIVERY),
+    source("bundle is bounded", "client.py", "if len(bundle.entries) > MAX_ENTRIES:", "if False:", ATTACKS),
     source("version floor", "trust.py", "if versions.get(role, 0) < least:", "if False:", TRUST),
     source(
         "floor is saved",
@@ -183,7 +216,96 @@ MUTANTS = (
         SLOTS,
     ),
     source("tries run out", "slots.py", "replace(slot, tries_left=slot.tries_left - 1)", "slot", SLOTS, DELIVERY),
+    source(
+        "news that never come are noticed", "client.py", "        self._refresh_at = now + _RECHECK_S\n", "", ATTACKS
+    ),
+    source("limit of a root", "trust.py", "root_max_length=65_536", "root_max_length=1 << 40", ROTATION),
+    source("root that is named is waited for", "trust.py", " and name not in self._digests", "", TRUST),
+    cloud(
+        "root is signed by the root before it",
+        "rotation_check.py",
+        """((before, f"root {expected - 1}"), (new.signed, "its own"))""",
+        """((new.signed, "its own"),)""",
+    ),
+    cloud(
+        "root is signed by itself",
+        "rotation_check.py",
+        """((before, f"root {expected - 1}"), (new.signed, "its own"))""",
+        """((before, f"root {expected - 1}"),)""",
+    ),
+    cloud("root counts up by one", "rotation_check.py", "if new.signed.version != expected:", "if False:"),
+    cloud(
+        "root has not expired",
+        "rotation_check.py",
+        "root.is_expired(now) or not root.consistent_snapshot",
+        "not root.consistent_snapshot",
+    ),
+    cloud(
+        "root names files by version",
+        "rotation_check.py",
+        "root.is_expired(now) or not root.consistent_snapshot",
+        "root.is_expired(now)",
+    ),
+    cloud(
+        "targets are signed by the new root",
+        "rotation_check.py",
+        'yield f"role targets: {fault}"',
+        "pass",
+    ),
+    cloud("targets deliver nothing", "rotation_check.py", "    if top.signed.targets:", "    if False:"),
+    cloud("no role is lost", "rotation_check.py", "sorted(delegated.keys() ^ metadata.keys())", "()"),
+    cloud(
+        "role keeps to its paths",
+        "rotation_check.py",
+        "    if (delegated.paths, delegated.terminating, delegated.threshold)"
+        " != (ours.paths, ours.terminating, ours.threshold):",
+        "    if False:",
+    ),
+    cloud(
+        "role is signed by its new key",
+        "rotation_check.py",
+        'yield f"role {role}: {fault}"',
+        "pass",
+    ),
+    cloud(
+        "role delegates no further",
+        "rotation_check.py",
+        "    if metadata.signed.delegations is not None:",
+        "    if False:",
+    ),
+    cloud(
+        "role delivers under its paths only",
+        "rotation_check.py",
+        "if not delegated.is_delegated_path(path):",
+        "if False:",
+    ),
+    cloud("role counts up", "rotation_check.py", "        if new.version <= version:", "        if False:"),
+    cloud("role has not expired", "rotation_check.py", "        if new.is_expired(now):", "        if False:"),
+    cloud(
+        "keys change and nothing else", "rotation_check.py", "        if new.targets != targets:", "        if False:"
+    ),
+    cloud("publisher has the keys to go on", "rotation_check.py", "    check_signers(changed, keys)\n", ""),
+    cloud(
+        "rotation takes enough root keys",
+        "rotation.py",
+        """authorised(keys.signers("root"), "root", root.roles["root"])""",
+        """keys.signers("root")""",
+    ),
+    cloud("new root keys sign too", "rotation.py", """[*old, *added] if role == "root" else old""", "old"),
+    cloud("old root keys sign too", "rotation.py", """[*old, *added] if role == "root" else old""", "added"),
+    cloud("old keys are revoked", "rotation.py", "        root.revoke_key(keyid, role)", "        pass"),
+    cloud(
+        "threshold stays",
+        "rotation.py",
+        "root.roles[role].threshold = majority(len(added))",
+        "root.roles[role].threshold = 1",
+    ),
     library("signatures and thresholds", NO_SIGNATURES, TRUST),
+    library("two of three keys for a root", NO_ROOT_SIGNATURES, ROTATION),
+    library("node: root is signed by the root before it", root_step(by="None"), ROTATION),
+    library("node: root is signed by itself", root_step(itself="pass"), ROTATION),
+    library("node: root counts up by one", root_step(version="root.version"), ROTATION),
+    library("snapshot and targets of the timestamp, at a node", NO_META_HASH, ATTACKS),
     library("expiry", NO_EXPIRY, TRUST),
     library("snapshot and targets are those of the timestamp", NO_META_HASH, TRUST),
 )

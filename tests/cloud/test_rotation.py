@@ -8,6 +8,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from securesystemslib.signer import CryptoSigner
+from tuf.api.metadata import Delegations
 
 from cloud import release_store, rotation
 from cloud.keys import FileKeyStore
@@ -29,7 +30,7 @@ from cloud.repository import (
 from shoal.codec import encode
 from shoal.errors import ConfigError, TrustError
 from shoal.inbox import Inbox
-from shoal.release.chunks import digest
+from shoal.release.chunks import digest, split
 from shoal.release.client import UpdateClient
 from shoal.release.offer import NodeModel
 from shoal.release.selftest import Outcome, Verdict
@@ -313,6 +314,7 @@ def new_keys(root, count=3):
         ("version 3", "expected 2"),
         ("version 1", "expected 2"),
         ("expired", "expired"),
+        ("file names without versions", "without consistent snapshots"),
     ],
 )
 def test_bad_root_is_refused(cloud, case, message):
@@ -324,6 +326,7 @@ def test_bad_root_is_refused(cloud, case, message):
     made = new_keys(root)
     if case == "expired":
         root.expires = NOW - dt.timedelta(seconds=1)
+    root.consistent_snapshot = case != "file names without versions"
     signers = {
         "one old key": [*old[:1], *made],
         "new keys only": made,
@@ -338,22 +341,84 @@ def test_bad_root_is_refused(cloud, case, message):
     assert cloud.store.load() == before
 
 
-def test_node_refuses_a_root_that_one_key_signed(cloud, make_node, wire):
-    """Even where somebody publishes past the publisher: what runs goes on, and the fault is counted."""
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("one old key", "root was signed by 1/2"),
+        ("no old key", "root was signed by 0/2"),
+        ("not itself", "root was signed by 0/2"),
+        ("version 3", "Expected root version 2 instead got version 3"),
+        ("version 1", "Expected root version 2 instead got version 1"),
+        ("too long", "exceeding"),
+        ("timestamp", "Expected 'root', got 'timestamp'"),
+    ],
+)
+def test_node_refuses_a_bad_root(cloud, make_node, caplog, case, message):
+    """Even where somebody publishes past the publisher: what runs goes on, and the fault is counted and told."""
+    cloud.ship(b"one")
+    cloud.settle()
+    node = make_node()
+    assert node.run() == b"one"
+    old = cloud.keys.signers("root")
+    root = parse_root(cloud.store.root()).signed
+    root.version = int(case.removeprefix("version ")) if case.startswith("version") else 2
+    made = new_keys(root)
+    signers = {"one old key": [*old[:1], *made], "no old key": made, "not itself": old}.get(case, [*old[:2], *made[:2]])
+    forged = sign(root, signers) + b" " * (65_536 if case == "too long" else 0)
+    if case == "timestamp":
+        forged = cloud.store.load().timestamp
+    show_root(cloud.wire, 2, forged)
+    assert node.run() == b"one"
+    assert node.counters["trust_errors"] == 1
+    assert message in caplog.text
+    with pytest.raises(IndexError):
+        make_node("late").run()
+
+
+def test_node_follows_a_root_that_two_of_three_signed(cloud, make_node, wire):
+    """The rest of what is published being signed as before, it is the same view from another root."""
     cloud.ship(b"one")
     cloud.settle()
     node = make_node()
     assert node.run() == b"one"
     root = parse_root(cloud.store.root()).signed
     root.version = 2
-    forged = sign(root, [*cloud.keys.signers("root")[:1], *new_keys(root)])
-    bundle = TrustBundle.FromString(wire.retained[topic(Route.TRUST_BUNDLE)])
-    bundle.entries.append(BundleEntry(path="2.root.json", sha256=digest(forged), length_bytes=len(forged)))
-    link = WireLink(wire)
-    link.publish(Route.BLOB, forged, on_done=lambda _: None, sha256=digest(forged).hex())
-    link.publish(Route.TRUST_BUNDLE, bundle, on_done=lambda _: None)
+    made = new_keys(root)
+    show_root(wire, 2, sign(root, [*cloud.keys.signers("root")[1:], *made[:2]]))
+    refreshes = node.counters["trust_refreshes"]
     assert node.run() == b"one"
-    assert node.counters["trust_errors"] == 1
+    assert node.counters["trust_refreshes"] == refreshes + 1
+    assert node.counters["trust_errors"] == 0
+    assert make_node("late").run() == b"one"
+
+
+def test_node_waits_for_a_root_that_is_withheld(cloud, make_node, wire):
+    """The index names it, its blob is not there: a node does not go on from the root before it."""
+    cloud.ship(b"one")
+    cloud.settle()
+    cloud.rotate("root")
+    cloud.settle()
+    blob = topic(Route.BLOB, sha256=digest(cloud.store.load().roots[-1]).hex())
+    withheld = wire.retained.pop(blob)
+    node = make_node()
+    with pytest.raises(IndexError):
+        node.run()
+    assert node.counters["trust_errors"] == 0
+    wire.retained[blob] = withheld
+    assert node.run() == b"one"
+
+
+def show_root(wire, version: int, data: bytes) -> None:
+    """Name a root in the bundle, past the publisher."""
+    bundle = TrustBundle.FromString(wire.retained[topic(Route.TRUST_BUNDLE)])
+    chunks = split(data)
+    entry = BundleEntry(path=f"{version}.root.json", sha256=digest(data), length_bytes=len(data))
+    entry.chunks.extend(map(digest, chunks))
+    bundle.entries.append(entry)
+    link = WireLink(wire)
+    for chunk in chunks:
+        link.publish(Route.BLOB, chunk, on_done=lambda _: None, sha256=digest(chunk).hex())
+    link.publish(Route.TRUST_BUNDLE, bundle, on_done=lambda _: None)
 
 
 def test_old_key_signs_nothing_after_its_rotation(cloud):
@@ -501,6 +566,35 @@ def test_order_that_changes_more_than_keys_is_refused(cloud, change, message):
     assert message in reason
 
 
+def expire(role):
+    role.expires = NOW - dt.timedelta(seconds=1)
+
+
+def delegate_further(role):
+    role.delegations = Delegations(keys={}, roles={})
+
+
+def stray(role):
+    role.targets["plans/digits.plan"] = target_file("plans/digits.plan", b"x")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(expire, "expired"), (delegate_further, "delegates further"), (stray, "may not deliver plans/digits.plan")],
+)
+def test_role_signed_along_with_a_key_is_checked_like_any(cloud, change, message):
+    """Its own key signs it, and still: nothing expired, no further delegation, no foreign path."""
+    role = model_role(MODEL)
+    again = parse_role(cloud.store.load().roles[role])
+    again.version += 1
+    change(again)
+    resigned = sign(again, cloud.keys.signers(role))
+    cloud.store.submit("targets", forge_targets(cloud, lambda _: None), {}, {role: resigned})
+    cloud.settle()
+    assert f"role {role}" in cloud.refusals[0]
+    assert message in cloud.refusals[0]
+
+
 def test_rotation_cannot_change_what_a_role_delivers(cloud):
     """A release goes through the checks of releases, never along with a key."""
     role = model_role(MODEL)
@@ -510,13 +604,14 @@ def test_rotation_cannot_change_what_a_role_delivers(cloud):
     assert "what it delivers did" in cloud.refusals[0]
 
 
-def test_rotation_without_the_role_signed_again_is_refused(cloud):
+@pytest.mark.parametrize("role", ["targets", ROLLOUT, model_role(MODEL)])
+def test_rotation_without_the_role_signed_again_is_refused(cloud, role):
     """Nodes would find a role whose signature nobody vouches for any more."""
-    order = cloud.rotate(model_role(MODEL))
+    order = cloud.rotate(role)
     [queued] = cloud.store.orders()
     (queued.directory / f"{order.role}.resigned.json").unlink()
     cloud.settle()
-    assert "model-digits: model-digits was signed by 0/1" in cloud.refusals[0]
+    assert f"role {role}: {role} was signed by 0/1" in cloud.refusals[0]
 
 
 @pytest.mark.parametrize("role", ["root", "targets"])

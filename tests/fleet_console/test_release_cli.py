@@ -1,7 +1,10 @@
 """`shoal release` and `shoal models`, as an operator types them, the latter against a real broker."""
 
 import json
+import shutil
+import subprocess
 from collections import Counter
+from contextlib import contextmanager
 
 import numpy as np
 import onnx
@@ -19,9 +22,10 @@ from fleet_console.cli import app
 from fleet_console.models import read_listing
 from shoal.codec import encode
 from shoal.errors import ConfigError, ModelError, TrustError
+from shoal.release.chunks import digest
 from shoal.routes import Route, topic
 from shoal.v1.node_pb2 import ModelState, NodeState, SlotPhase
-from shoal.v1.release_pb2 import TrustBundle
+from shoal.v1.release_pb2 import ReleaseSpec, TrustBundle
 
 
 def dense(path, width=5):
@@ -221,18 +225,25 @@ def test_listing_of_what_is_not_there_yet_says_so(released):
         read_listing(reader, None)
 
 
-@pytest.fixture
-def filled_broker(tmp_path, released):
-    """A real broker with everything retained, and one node's state."""
-    messages = Retained(released, {"gw-1": state_of("valve", 1, artefact_digest(released))}).messages
-    with start_broker(tmp_path / "broker") as running:
+@contextmanager
+def filled(directory, retained):
+    """Run a real broker with everything retained."""
+    with start_broker(directory) as running:
         client = Client(CallbackAPIVersion.VERSION2, protocol=MQTTv5)
         client.connect("127.0.0.1", running.port)
         client.loop_start()
-        for name, data in messages.items():
+        for name, data in retained.messages.items():
             client.publish(name, data, qos=1, retain=True).wait_for_publish(10)
         client.disconnect()
         client.loop_stop()
+        yield running
+
+
+@pytest.fixture
+def filled_broker(tmp_path, released):
+    """With a release and one node's state."""
+    states = {"gw-1": state_of("valve", 1, artefact_digest(released))}
+    with filled(tmp_path / "broker", Retained(released, states)) as running:
         yield running
 
 
@@ -248,6 +259,44 @@ def test_models_lists_a_running_broker(filled_broker, root):
     assert row["signed_by"][0][:12] in text
     assert "gw-1 (confirmed)" in text
     assert "give --root" in text
+
+
+def read_plainly(running, name):
+    """What Mosquitto's own client prints of a retained message."""
+    command = ["mosquitto_sub", "-V", "5", "-p", str(running.port), "-t", name, "-C", "1", "-N", "-W", "10"]
+    return subprocess.run(command, capture_output=True, timeout=20, check=True).stdout
+
+
+@pytest.mark.skipif(shutil.which("mosquitto_sub") is None, reason="left out: needs mosquitto_sub")
+def test_plain_tools_see_the_releases_that_models_lists(config, released, root, tmp_path, monkeypatch):
+    """Two releases of one model, one of another: numbers, sizes, digests and versions agree, and so do the bytes."""
+    monkeypatch.setenv("SHOAL_KEY_PASSWORD", "of the new key")
+    run("keys", "add-model", "pump", "--config", config)
+    for model, width in (("valve", 6), ("pump", 7)):
+        run("release", "publish", "--model", model, dense(tmp_path / "m.onnx", width), "--config", config)
+    take_orders(released)
+    with filled(tmp_path / "broker", Retained(released)) as running:
+        listed = json.loads(run("models", "--json", "--root", root, "--broker", running.url).stdout)
+        bundle = TrustBundle.FromString(read_plainly(running, topic(Route.TRUST_BUNDLE)))
+        timestamp = json.loads(read_plainly(running, topic(Route.TRUST_TIMESTAMP)))["signed"]
+        seen = []
+        for entry in bundle.entries:
+            if not entry.path.endswith(".spec"):
+                continue
+            spec = ReleaseSpec.FromString(read_plainly(running, topic(Route.BLOB, sha256=entry.sha256.hex())))
+            for artefact in spec.artefacts:
+                chunks = [topic(Route.BLOB, sha256=chunk.hex()) for chunk in artefact.chunks or [artefact.sha256]]
+                data = b"".join(read_plainly(running, chunk) for chunk in chunks)
+                seen.append((spec.model, spec.release, len(data), digest(data).hex()))
+    rows = [(row["model"], row["release"], row["bytes"], row["sha256"]) for row in listed["models"]]
+    assert sorted(seen) == sorted(rows)
+    assert [row[:2] for row in sorted(rows)] == [("pump", 1), ("valve", 1), ("valve", 2)]
+    versions = listed["versions"]
+    assert timestamp["version"] == versions["timestamp"]
+    assert timestamp["meta"]["snapshot.json"]["version"] == versions["snapshot"]
+    names = {entry.path for entry in bundle.entries}
+    files = {f"{version}.{role}.json" for role, version in versions.items() if role != "timestamp"}
+    assert files <= names
 
 
 def test_models_without_a_broker_is_one_line():

@@ -162,8 +162,7 @@ def test_counters_are_found_in_the_source():
 # Counted, and not on the page yet.
 _UNDOCUMENTED = frozenset(
     {
-        *("activations", "install_errors", "refused_releases", "trust_errors", "trust_refreshes", "trust_waits"),
-        *("blobs_bad", "blobs_cleared", "blobs_fetched", "blobs_published", "blobs_retried", "publish_errors"),
+        *("blobs_cleared", "blobs_published", "publish_errors"),
         *("builds.done", "builds.failed", "builds.started", "labelled.", "labels", "orders_refused", "orders_taken"),
         "bytes_received",
     }

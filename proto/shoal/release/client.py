@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 MAX_ENTRIES = 1024
 # What failed may come right by itself: a clock gets set, a disk gets room.
 _RETRY_S = 60.0
+# A broker that shows no news may be hiding it: what was verified is verified again, so that expiry is noticed.
+_RECHECK_S = 3600.0
 
 
 class UpdateClient:
@@ -156,6 +158,7 @@ class UpdateClient:
     def _refresh(self, now: float) -> None:
         if self._bundle is None or not self._timestamp:
             return
+        self._refresh_at = now + _RECHECK_S
         try:
             view = self._trust.refresh(self._bundle, self._timestamp, self._files, frozenset(self._installers))
             if isinstance(view, Wait):

@@ -41,15 +41,18 @@ def load(path):
 
 
 class Mosquitto:
-    """A broker without persistence on a free port: restarted, it has lost everything."""
+    """A broker on a free port; without persistence it has lost everything when it is started again."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, is_persistent: bool = False) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.config = directory / "mosquitto.conf"
         self.config.write_text(
             f"listener {self.port} 127.0.0.1\nallow_anonymous true\nset_tcp_nodelay true\nmax_inflight_messages 100\n"
+            f"persistence {str(is_persistent).lower()}\npersistence_location {directory}/\n"
+            # Started by root it would become another user, who cannot write its database here.
+            f"{'user root' if os.geteuid() == 0 else ''}\n"
         )
         self.start()
 
@@ -67,13 +70,15 @@ class Mosquitto:
         raise RuntimeError("Mosquitto does not listen")
 
     def stop(self) -> None:
-        self.process.kill()
+        """End it as an operator does; one with persistence writes its database then."""
+        self.process.terminate()
         self.process.wait()
 
 
 @pytest.fixture
-def mosquitto(tmp_path):
-    broker = Mosquitto(tmp_path)
+def mosquitto(tmp_path, request):
+    """Asked for by a parameter, it keeps what is retained through a restart."""
+    broker = Mosquitto(tmp_path, is_persistent=getattr(request, "param", False))
     yield broker
     broker.stop()
 
@@ -185,12 +190,19 @@ def test_broker_that_forgot_everything_is_healed(cloud, serve, make_broker_node,
     run_until(loop, lambda: node.active == [(1, data)])
 
 
-def test_late_node_converges_when_the_publisher_is_gone(cloud, serve, make_broker_node, loop):
-    """Retained messages alone."""
+@pytest.mark.parametrize("mosquitto", [True], indirect=True, ids=["persistent"])
+def test_new_node_converges_when_the_cloud_is_gone_and_the_broker_was_restarted(
+    cloud, serve, make_broker_node, loop, mosquitto
+):
+    """Retained messages alone: the publisher is closed, and the broker has them from its disk."""
     data = random.Random(1).randbytes(20 * CHUNK_BYTES)
     cloud.release(data)
     cloud.plan(1)
     run_until(loop, lambda: cloud.publisher.settled)
     serve.close()
+    cloud.publisher.close()
+    mosquitto.stop()
+    mosquitto.start()
     node = make_broker_node("late")
     run_until(loop, lambda: node.active == [(1, data)])
+    assert node.client.state()[0].release == 1

@@ -40,6 +40,10 @@ class Toy:
             print("x" * 1_000_000)
         return inputs * 2
 
+    def __del__(self):
+        if self.text == "crash at teardown":
+            os.abort()
+
 def load(path):
     return Toy(path.read_text())
 """
@@ -115,6 +119,7 @@ def test_child_passes_a_good_model(try_model):
     ("text", "limits", "outcome", "reason"),
     [
         ("crash", Limits(), Outcome.FAILED, "died with -6"),
+        ("crash at teardown", Limits(), Outcome.FAILED, "died with -6"),
         ("exit", Limits(), Outcome.FAILED, "died with 0"),
         ("hoard", Limits(), Outcome.FAILED, "MemoryError"),
         ("spin", Limits(cpu_s=1), Outcome.FAILED, "died with -"),
@@ -122,7 +127,7 @@ def test_child_passes_a_good_model(try_model):
     ],
 )
 def test_child_contains_the_worst(try_model, text, limits, outcome, reason):
-    """Crash, silent exit, endless memory, endless work, endless sleep: always a verdict, always here."""
+    """Crash, even when all is answered, silent exit, endless memory, work or sleep: always a verdict, always here."""
     verdict = try_model(text, limits)
     assert verdict.outcome is outcome
     assert reason in verdict.reason

@@ -15,6 +15,9 @@ from cloud.repository import (
     advance,
     first_generation,
     parse_role,
+    parse_root,
+    resign,
+    sign,
     sign_role,
     snapshot_of,
     target_file,
@@ -305,6 +308,18 @@ def test_missing_blob_means_wait_and_names_it(trust, world):
     bundle, timestamp, blobs = world.serve()
     del blobs[digest(world.generation.roles[ROLLOUT])]
     assert trust.refresh(bundle, timestamp, blobs, frozenset({"digits"})) == Wait("2.rollout.json")
+
+
+def test_root_that_is_named_and_missing_is_waited_for(trust, world):
+    """The one before it is no longer the newest, and is not gone on from."""
+    root = parse_root(world.root).signed
+    root.version = 2
+    newer = sign(root, world.keys.signers("root"))
+    world.generation = resign(replace(world.generation, roots=(world.root, newer)), world.keys, NOW)
+    bundle, timestamp, blobs = world.serve()
+    withheld = blobs.pop(digest(newer))
+    assert trust.refresh(bundle, timestamp, blobs, frozenset({"digits"})) == Wait("2.root.json")
+    assert refresh(trust, (bundle, timestamp, {**blobs, digest(newer): withheld})).versions["root"] == 2
 
 
 def test_other_root_of_trust_is_refused(tmp_path, world, clock):
