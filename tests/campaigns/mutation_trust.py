@@ -305,7 +305,6 @@ MUTANTS = (
     library("node: root is signed by the root before it", root_step(by="None"), ROTATION),
     library("node: root is signed by itself", root_step(itself="pass"), ROTATION),
     library("node: root counts up by one", root_step(version="root.version"), ROTATION),
-    library("snapshot and targets of the timestamp, at a node", NO_META_HASH, ATTACKS),
     library("expiry", NO_EXPIRY, TRUST),
     library("snapshot and targets are those of the timestamp", NO_META_HASH, TRUST),
 )
