@@ -11,6 +11,7 @@ from shoal.v1 import command_pb2
 from shoal.v1 import inference_pb2 as pb
 from shoal.v1.node_pb2 import ModelState
 from shoal.v1.release_pb2 import Artefact, ReleaseSpec, Tier
+from shoal.v1.sensor_pb2 import TIME_QUALITY_SUSPECT, TIME_QUALITY_SYNCED
 
 pytestmark = pytest.mark.device
 
@@ -361,6 +362,15 @@ def test_state_reports_committed_counters_and_models(rig):
     expected = {"produced": 1, "accepted": 1, "asked.no_model": 1, "connects": 1}
     assert (dict(state.counters), state.role) == (expected, "device")
     assert [model.release for model in state.models] == [2]
+    assert state.time_quality == TIME_QUALITY_SYNCED
+
+
+def test_state_says_that_the_clock_cannot_be_right(rig):
+    """Pins the way from the update client, which knows from signed metadata, to NodeState."""
+    rig.device.clock_suspect = lambda: True
+    rig.step()
+    (state,) = states(rig)
+    assert state.time_quality == TIME_QUALITY_SUSPECT
 
 
 def test_state_is_reported_on_command(rig):

@@ -60,6 +60,23 @@ def test_every_command_is_documented(path, documents):
     assert re.search(rf"\bshoal {' '.join(path)}\b", documents)
 
 
+ATTACKS = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "models.md").read_text())
+
+
+@pytest.mark.parametrize(("file", "test"), ATTACKS)
+def test_every_attack_of_the_documents_has_its_test(file, test):
+    """What the table of attacks names is there to be run."""
+    (path,) = ROOT.glob(f"tests/**/{file}")
+    assert f"def {test}(" in path.read_text()
+
+
+def test_attacks_are_found_in_the_documents():
+    """What the last test looks for, it can find; and every test of attacks is in the table."""
+    named = {test for file, test in ATTACKS if file == "test_attacks.py"}
+    there = re.findall(r"^def (test_\w+)\(", (ROOT / "tests/shoal/release/test_attacks.py").read_text(), re.MULTILINE)
+    assert set(there) - named == {"test_attacked_chunk_costs_no_other_chunk"}
+
+
 @pytest.mark.parametrize("service", CloudService)
 def test_every_cloud_service_is_documented(service, documents):
     """So for the services, which are arguments of one command."""

@@ -146,12 +146,14 @@ class Observer:
         self.link.attach(self.loop)
         self.node = node
         self.state = None
+        self.counters = {}
         self.rows = {}
         self.until(lambda: self.link.connected)
 
     def _on_state(self, delivery) -> None:
         if delivery.address.node == self.node and delivery.message.models:
             self.state = delivery.message.models[0]
+            self.counters = delivery.message.counters
 
     def _on_question(self, delivery) -> None:
         if delivery.address.node == self.node:
@@ -242,6 +244,7 @@ def test_device_that_comes_later_reproduces_the_golden_answers(published, observ
     with bench.run(rows[:1], "first") as agent:
         observer.until(lambda: observer.state and (observer.state.refused_release or is_confirmed(observer.state)))
         assert observer.state.runtime.startswith(runtime)
+        assert observer.counters["trust_refreshes"] >= 1
         end(agent)
     if (name, runtime) in REFUSED:
         assert (observer.state.refused_release, observer.state.release) == (1, 0)
