@@ -45,7 +45,7 @@ from fleet_console.broker import BrokerKind, RunningBroker, find_mosquitto, star
 _HERE = Path(__file__).parent
 _CONTENDERS = ("gateway", "mosec", "echo", "ort")
 MOSEC = {
-    "mlp": MosecTuning(workers=2, batch=32, wait_ms=1),
+    "mlp": MosecTuning(workers=1, batch=32, wait_ms=1),
     "cnn": MosecTuning(workers=2, batch=32, wait_ms=1),
     "resnet18": MosecTuning(workers=2, batch=8, wait_ms=10),
 }

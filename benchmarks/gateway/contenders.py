@@ -2,6 +2,8 @@
 
 import contextlib
 import sys
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from shoal.v1 import inference_pb2 as pb
 OUTSTANDING = 64
 _ECHO_SITE = "echo"
 _WARM_UP_S = 1.0
+_FIRST_ANSWER_S = 30.0
+_RETRY_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,18 +103,30 @@ class HttpContender:
         return measure([*command, "--", str(self._kit.payloads)], {"server": self._pid}, whole_s)
 
     def check(self) -> None:
-        """Ask one question and compare the answer with onnxruntime's own.
+        """Ask one question, as soon as the server takes it, and compare the answer with onnxruntime's own.
 
         Raises:
             RuntimeError: they differ.
         """
         payload = read_payload(self._kit.payloads)
-        request = urllib.request.Request(self._url, payload, {"Content-Type": "application/x-protobuf"})
-        with urllib.request.urlopen(request, timeout=30) as response:
-            row = pb.InferenceReply.FromString(response.read()).rows[0]
+        row = pb.InferenceReply.FromString(self._post(payload)).rows[0]
         expected = expected_label(self._kit.onnx, payload)
         if (row.status, row.answer.label) != (pb.STATUS_OK, expected):
             raise RuntimeError(f"{self._url} answered {row}, expected label {expected}")
+
+    def _post(self, payload: bytes) -> bytes:
+        """Some servers open their port before they know what to serve."""
+        request = urllib.request.Request(self._url, payload, {"Content-Type": "application/x-protobuf"})
+        deadline = time.monotonic() + _FIRST_ANSWER_S
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=_FIRST_ANSWER_S) as response:
+                    answer: bytes = response.read()
+                    return answer
+            except urllib.error.URLError as exc:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"{self._url}: {exc}") from exc
+            time.sleep(_RETRY_S)
 
 
 def expected_label(onnx: Path, payload: bytes) -> int:
