@@ -7,6 +7,7 @@ In each round, for each model, in an order that turns from round to round:
 
   gateway   64 devices, 64 questions under way, QoS 1, through Mosquitto to the gateway and back; mqtt_load asks
   mosec     64 connections, over HTTP; wrk asks
+  qos0      gateway and echo once more at QoS 0, which promises what HTTP does: an answer, or a connection that ended
   echo      as `gateway`, but a C program answers at once with the same bytes: what broker and devices cost
   paced     gateway and echo again, at 1,000 questions a second, latency from when each was due
   ort       onnxruntime alone, at the gateway's batch size, all cores, two ways, the better
@@ -56,6 +57,9 @@ _RATIOS = (
     ("echo_ratio", "gateway", "echo", "rps"),
     ("p50_ratio", "gateway_paced", "echo_paced", "p50_us"),
     ("ort_ratio", "gateway", "ort", "rps"),
+    ("qos0.rps_ratio", "gateway_qos0", "mosec", "rps"),
+    ("qos0.p99_ratio", "gateway_qos0", "mosec", "p99_us"),
+    ("qos0.echo_ratio", "gateway_qos0", "echo_qos0", "rps"),
 )
 _BAD = ("errors", "unanswered", "strays", "unsent")
 
@@ -71,7 +75,7 @@ def main() -> int:
     models: dict[str, Any] = {}
     with start_broker(logs / "broker", BrokerKind.MOSQUITTO) as broker:
         for name in options.models:
-            kit = Kit(MODELS[name], folder, folder / "native", logs, options.mosec_python, options.qos)
+            kit = Kit(MODELS[name], folder, folder / "native", logs, options.mosec_python)
             rounds = run_rounds(kit, broker, options)
             models[name] = {**ratios(rounds), "medians": medians(rounds), "rounds": rounds}
             print(f"{name}: {json.dumps(ratios(rounds))}", flush=True)
@@ -93,10 +97,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=5.0, help="of one run (default: %(default)s)")
     parser.add_argument("--models", type=_names(tuple(MODELS)), default=list(MODELS), help="default: all")
     parser.add_argument("--only", type=_names(_CONTENDERS), default=list(_CONTENDERS), help="default: all contenders")
-    parser.add_argument(
-        "--qos", type=int, choices=(0, 1), default=1, help="of the devices (default: %(default)s, as real ones)"
-    )
-    parser.add_argument("--save", type=Path, help="write the JSON here too")
     parser.add_argument("--cache", type=Path, default=_HERE / ".cache", help="where models and programs are built")
     parser.add_argument("--mosec-python", type=Path, default=_HERE / ".venv" / "bin" / "python")
     return parser.parse_args()
@@ -147,12 +147,14 @@ def run_rounds(kit: Kit, broker: RunningBroker, options: argparse.Namespace) -> 
         if "gateway" in options.only:
             gateway = stack.enter_context(contenders.gateway(kit, broker))
             runs.append(("gateway", lambda: gateway.run(seconds)))
+            runs.append(("gateway_qos0", lambda: gateway.run(seconds, qos=0)))
         if "mosec" in options.only:
             mosec = stack.enter_context(contenders.mosec(kit, MOSEC[kit.model.name]))
             runs.append(("mosec", lambda: mosec.run(seconds)))
         if "echo" in options.only:
             echo = stack.enter_context(contenders.echo(kit, broker))
             runs.append(("echo", lambda: echo.run(seconds)))
+            runs.append(("echo_qos0", lambda: echo.run(seconds, qos=0)))
             if paced_rps and "gateway" in options.only:
                 runs.append(("gateway_paced", lambda: gateway.run(seconds, paced_rps)))
                 runs.append(("echo_paced", lambda: echo.run(seconds, paced_rps)))
@@ -177,12 +179,14 @@ def describe(run: dict[str, Any]) -> str:
     return f"{run['rps']:.0f} requests/s{latency}; CPU us a request: {cpu}"
 
 
-def ratios(rounds: list[Round]) -> dict[str, float]:
-    """The median over the rounds of each ratio that was measured."""
-    found = {}
+def ratios(rounds: list[Round]) -> dict[str, Any]:
+    """The median over the rounds of each ratio that was measured; a dot in its name nests it."""
+    found: dict[str, Any] = {}
     for name, above, below, figure in _RATIOS:
         if all(above in one and below in one for one in rounds):
-            found[name] = round(statistics.median(one[above][figure] / one[below][figure] for one in rounds), 3)
+            *outer, last = name.split(".")
+            place = found.setdefault(outer[0], {}) if outer else found
+            place[last] = round(statistics.median(one[above][figure] / one[below][figure] for one in rounds), 3)
     return found
 
 
@@ -219,7 +223,6 @@ def circumstances(broker: RunningBroker, options: argparse.Namespace, load_befor
             "rounds": options.rounds,
             "seconds": options.seconds,
             "outstanding": OUTSTANDING,
-            "qos": options.qos,
             "gateway_batch": {name: MODELS[name].batch for name in options.models},
             "mosec": {name: MOSEC[name].environment(Path(f"{name}.onnx")) for name in options.models},
         },

@@ -48,14 +48,13 @@ class MosecTuning:
 
 @dataclass(frozen=True, slots=True)
 class Kit:
-    """Where the things are that runs need: programs, one model's file, its payloads and a reply; `qos` is the devices'."""
+    """Where the things are that runs need: programs, one model's file, its payloads and a reply."""
 
     model: BenchModel
     folder: Path
     native: Path
     logs: Path
     mosec_python: Path
-    qos: int = 1
 
     @property
     def onnx(self) -> Path:
@@ -79,11 +78,11 @@ class MqttContender:
         self._pid = pid
         self._site = site
 
-    def run(self, seconds: float, rate: int = 0) -> Measured:
-        """One run; `rate` 0 keeps `OUTSTANDING` questions under way."""
+    def run(self, seconds: float, rate: int = 0, qos: int = 1) -> Measured:
+        """One run at the devices' `qos`; `rate` 0 keeps `OUTSTANDING` questions under way."""
         command = [str(self._kit.native / "mqtt_load"), "--port", str(self._broker.port), "--site", self._site]
         command += ["--payloads", str(self._kit.payloads), "--devices", str(DEVICES), "--seconds", str(seconds)]
-        command += ["--qos", str(self._kit.qos)]
+        command += ["--qos", str(qos)]
         command += ["--rate", str(rate)] if rate else ["--outstanding", str(OUTSTANDING)]
         return measure(command, {"broker": self._broker.process.pid, "server": self._pid}, seconds)
 

@@ -42,7 +42,7 @@ static void answer(struct client *client, struct span properties, struct span re
         struct publish question;
         if (packet.type != PUBLISH || !parse_publish(&packet, &question)) die("a packet that is no question");
         uint8_t topic[512];
-        put_publish(client, reply_topic(question.topic, topic, sizeof topic), qos, properties, question.correlation,
+        put_publish(client, reply_topic(question.topic, topic, sizeof topic), question.qos < qos ? question.qos : qos, properties, question.correlation,
                     reply);
         if (question.qos) put_puback(client, question.id);
     }
