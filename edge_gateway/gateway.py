@@ -158,11 +158,16 @@ class Gateway:
 
     def flush(self, now: float) -> None:
         """The sockets are drained: run what may leave, make samples durable, then reply and acknowledge."""
-        for row, served, outcome in self.lanes.run(now):
-            self._take(row, served, outcome)
+        for settled in self.lanes.run(now):
+            for row, served, outcome in settled:
+                self._take(row, served, outcome)
+            # Batch by batch: while the next one runs, broker and devices are at work on these.
+            if self._ready:
+                self._reply()
+                self.link.flush()
         if self._promised and now >= self._commit_at:
             self._commit(now)
-        self._reply(now)
+        self._reply()
 
     def due_at(self) -> float | None:
         """When `flush` has something to do though no socket says so."""
@@ -181,7 +186,7 @@ class Gateway:
         now = self._clock()
         self.flush(now)
         self._commit(now)
-        self._reply(now)
+        self._reply()
         self.lanes.close()
 
     def _take(self, row: Row, served: ServedModel, outcome: Outcome) -> None:
@@ -216,7 +221,8 @@ class Gateway:
             row.request.answer(row.place, answer, promised=True)
         self._promised.clear()
 
-    def _reply(self, now: float) -> None:
+    def _reply(self) -> None:
+        now = self._clock()
         while self._ready:
             request = self._ready[0]
             sent = self.link.publish(

@@ -8,7 +8,7 @@ worker is free. A swap of models happens between batches: rows under way finish 
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -123,9 +123,9 @@ class Lanes:
             for row in parse_rows(opened, request, lane.served.values, size_bytes=size_bytes):
                 lane.batcher.add(opened.device, row, opened.arrived, replay=request.replay)
 
-    def run(self, now: float) -> list[Settled]:
-        """Run every batch that may leave now; return what is answered, and whatever workers have finished."""
-        settled = self._finished()
+    def run(self, now: float) -> Iterator[list[Settled]]:
+        """Run every batch that may leave now; yields what each has answered, first what workers have finished."""
+        yield self._finished()
         for lane in self._lanes.values():
             while not (lane.is_slow and lane.running >= self._config.workers):
                 batch = lane.batcher.take(now, drained=True)
@@ -133,8 +133,7 @@ class Lanes:
                     break
                 self._counters[batch.left.value] += 1
                 self.histograms.queue_s.observe(now - batch.since)
-                settled += self._start(lane, batch.rows, now)
-        return settled
+                yield self._start(lane, batch.rows, now)
 
     def due_at(self) -> float | None:
         """When `run` has something to do though no socket says so."""

@@ -97,6 +97,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=5.0, help="of one run (default: %(default)s)")
     parser.add_argument("--models", type=_names(tuple(MODELS)), default=list(MODELS), help="default: all")
     parser.add_argument("--only", type=_names(_CONTENDERS), default=list(_CONTENDERS), help="default: all contenders")
+    parser.add_argument("--save", type=Path, help="write the JSON here too")
     parser.add_argument("--cache", type=Path, default=_HERE / ".cache", help="where models and programs are built")
     parser.add_argument("--mosec-python", type=Path, default=_HERE / ".venv" / "bin" / "python")
     return parser.parse_args()

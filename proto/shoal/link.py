@@ -206,6 +206,13 @@ class Link:
         self.counters["bytes_sent"] += len(payload)
         return True
 
+    def flush(self) -> None:
+        """Send what this round has published so far; without it, that happens when the round is over."""
+        if self._outgoing and self._client is not None:
+            packets = b"".join(self._outgoing)
+            self._outgoing.clear()
+            self._client.send_packets(packets)
+
     def close(self) -> None:
         """Say goodbye: an offline presence, then DISCONNECT. Blocks for at most a second to flush."""
         self._retry_at = None
@@ -215,7 +222,7 @@ class Link:
             return
         if self.connected:
             self._publish_presence(online=False)
-            self._flush()
+            self.flush()
             client.disconnect()
             deadline = time.monotonic() + _GOODBYE_S
             # A line that is gone takes nothing more, and its last packets stay wanted for ever.
@@ -442,14 +449,8 @@ class Link:
     def _send(self, packet: bytes) -> None:
         """Let a packet wait for the others of this round."""
         if not self._outgoing and self._loop is not None:
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self.flush)
         self._outgoing.append(packet)
-
-    def _flush(self) -> None:
-        if self._outgoing and self._client is not None:
-            packets = b"".join(self._outgoing)
-            self._outgoing.clear()
-            self._client.send_packets(packets)
 
     def _ask(self, _now: float) -> None:
         """Tell the broker what is wanted now and what no longer is."""
