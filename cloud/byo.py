@@ -23,8 +23,10 @@ from cloud.release_store import ReleaseStore
 from cloud.repository import ROLLOUT
 from shoal.errors import ConfigError, ModelError
 from shoal.release.plan import PERMILLE
+from shoal.release.probation import measure_baseline
 from shoal.release.selftest import Limits
 from shoal.release.trust import model_role
+from shoal.scoring import score_rows
 from shoal.tensors import to_tensor
 from shoal.v1 import release_pb2 as pb
 
@@ -119,6 +121,8 @@ def describe(path: Path, golden: Golden | None = None, threshold: float | None =
         int8=facts.int8,
         golden=vectors,
         threshold=_NEVER[kind] if threshold is None else threshold,
+        # Random rows say nothing of live ones; rows that were given do, the more the better.
+        baseline=measure_baseline([] if golden is None else score_rows(kind, rows, outputs).scores.tolist()),
     )
     schema = pb.InputSchema(shape=facts.shape, mean=[0.0], std=[1.0])
     return Described(data, pb.ReleaseSpec(input=schema, score=kind, artefacts=[artefact]))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from cloud import gate
 from cloud.tasks.base import LabelledSamples, RecallRule, Task, TrainingData
 from shoal.errors import ModelError
+from shoal.release.probation import measure_baseline
 from shoal.scoring import scale, score_rows
 from shoal.v1 import release_pb2 as pb
 
@@ -276,6 +277,7 @@ def _describe(build: _Build, tier: pb.Tier, kept: _Candidate, threshold: float) 
         chunk_bytes=CHUNK_BYTES,
         golden=gate.golden_vectors(kept.runner, build.holdout(), int8=kept.int8),
         threshold=threshold,
+        baseline=measure_baseline(kept.scores.tolist()),
     )
 
 

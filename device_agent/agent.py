@@ -132,6 +132,8 @@ def run(settings: AgentSettings, *, until_dry: bool = False) -> None:
             node=settings.node,
             self_test=ChildSelfTest("device_agent.runtime"),
             activate=device.activate,
+            deactivate=device.deactivate,
+            find_watch=device.watch,
             rng=rng,
             counters=link.counters,
         )
@@ -146,6 +148,7 @@ def run(settings: AgentSettings, *, until_dry: bool = False) -> None:
         loop.call_every(1.0 / settings.source.rate_hz, pump.read)
         with loop.stopping_on_signals():
             loop.run(until=lambda: until_dry and pump.is_dry and not outbox.in_flight and not outbox.is_dirty)
+        updates.excuse_start()
 
 
 def _identity(settings: AgentSettings) -> Identity:

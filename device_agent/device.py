@@ -26,6 +26,7 @@ from shoal.delivery.outbox import Item, Key, Outbox, group_by_model
 from shoal.errors import LinkError, ModelError
 from shoal.inbox import Delivery
 from shoal.link import Link
+from shoal.release.probation import Watch, parse_baseline
 from shoal.release.selftest import Runtime
 from shoal.routes import Route
 from shoal.scoring import scale, score_rows
@@ -80,6 +81,7 @@ class _ActiveModel:
     spec: ReleaseSpec
     artefact: Artefact
     runtime: Runtime
+    watch: Watch
 
 
 class Device:
@@ -91,7 +93,7 @@ class Device:
 
     Attributes:
         model_states: what the update client says of the slots, for NodeState.
-        clock_suspect: what it says of the clock.
+        clock_suspect: what it says of the system's clock, for NodeState.
     """
 
     def __init__(
@@ -108,7 +110,7 @@ class Device:
         self.config = config
         self.link = link
         self.model_states: Callable[[], list[ModelState]] = list
-        self.clock_suspect: Callable[[], bool] = lambda: False
+        self.clock_suspect: Callable[[], bool] = bool
         self._outbox = outbox
         self._lane = lane
         self._rng = rng
@@ -137,9 +139,18 @@ class Device:
         artefact = next((item for item in spec.artefacts if item.tier == Tier.TIER_DEVICE), None)
         if artefact is None:
             raise ModelError(f"release {spec.release} of {model} has nothing for devices")
-        self._active = _ActiveModel(spec, artefact, load(path))
+        self._active = _ActiveModel(spec, artefact, load(path), Watch(parse_baseline(artefact.baseline)))
         self._policy.forget_scores()
         self._reporter.soon()
+
+    def deactivate(self, _model: str) -> None:
+        """Ask about everything from now on."""
+        self._active = None
+        self._reporter.soon()
+
+    def watch(self, _model: str) -> Watch | None:
+        """What the active release has done here; None before the first."""
+        return self._active.watch if self._active else None
 
     @property
     def release(self) -> int:
@@ -168,7 +179,7 @@ class Device:
     def _answer(self, values: NDArray[np.float32]) -> pb.Answer | None:
         if self._active is None:
             return None
-        spec = self._active.spec
+        spec, watch = self._active.spec, self._active.watch
         try:
             with np.errstate(over="ignore"):  # infinite is refused here, and as a score means "ask"
                 scaled = scale(values.reshape((1, *spec.input.shape)), spec.input)
@@ -178,9 +189,12 @@ class Device:
         except (ModelError, ValueError) as exc:
             # A reading that the model cannot take is the gateway's to judge; it answers with the field at fault.
             self._count("model_errors")
+            if np.isfinite(values).all():  # else the sensor is at fault, whatever the model
+                watch.erred(str(exc))
             log.debug("no answer node=%s error=%s", self.config.node, exc)
             return None
         answer = pb.Answer(release=spec.release, score=float(scores.scores[0]))
+        watch.answered(answer.score, scaled.tobytes())
         if scores.labels is not None:
             answer.label = int(scores.labels[0])
         return answer

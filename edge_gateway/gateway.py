@@ -27,6 +27,7 @@ from shoal.errors import MAX_MESSAGE_CHARS, ModelError, PayloadError
 from shoal.inbox import Delivery
 from shoal.link import Link
 from shoal.loop import Loop
+from shoal.release.probation import Watch, parse_baseline
 from shoal.routes import Route
 from shoal.state import Report, StateReporter
 from shoal.v1 import inference_pb2 as pb
@@ -78,7 +79,7 @@ class Gateway:
         self.counters: Counter[str] = Counter()
         self.lanes = Lanes(config.models, config.lanes, self.counters, wake=loop.wake)
         self.model_states: Callable[[], list[ModelState]] = list
-        self.clock_suspect: Callable[[], bool] = lambda: False
+        self.clock_suspect: Callable[[], bool] = bool
         self._clock = loop.clock
         self._outbox = outbox
         self._open = 0
@@ -109,8 +110,20 @@ class Gateway:
         artefact = next((item for item in spec.artefacts if item.tier == Tier.TIER_GATEWAY), None)
         if artefact is None:
             raise ModelError(f"release {spec.release} of {model} has nothing for gateways")
-        self.lanes.serve(model, ServedModel(spec, artefact, engine.load(path, self.config.providers)))
+        watch = Watch(parse_baseline(artefact.baseline))
+        runtime = engine.load(path, self.config.providers)
+        self.lanes.serve(model, ServedModel(spec, artefact, runtime, watch))
         self._reporter.soon()
+
+    def deactivate(self, model: str) -> None:
+        """Serve this model no more; what waits for it is answered NOT_FOUND."""
+        self.lanes.end(model)
+        self._reporter.soon()
+
+    def watch(self, model: str) -> Watch | None:
+        """What the release being served has done here; None where none is."""
+        served = self.lanes.served(model)
+        return None if served is None else served.watch
 
     # -- requests in ---------------------------------------------------------------------------------------------------
 

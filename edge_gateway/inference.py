@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from edge_gateway.engine import Outputs
 from edge_gateway.requests import Row
 from shoal.errors import ModelError, PayloadError
+from shoal.release.probation import Baseline, Watch
 from shoal.scoring import Scaler, score_rows
 from shoal.tensors import as_float32, to_tensor
 from shoal.v1.release_pb2 import Artefact, ReleaseSpec
@@ -30,20 +31,30 @@ class Scored(NamedTuple):
     outputs: tuple[Tensor, ...] = ()
 
 
+class BeyondScaleError(PayloadError):
+    """A finite row that the release's scale makes infinite: refused for ever, and held against the release."""
+
+
 # A row's own fault, or the model's.
 Outcome = Scored | PayloadError | ModelError
 
 
 class ServedModel:
-    """One release being served. Its parts are read by worker threads and never change.
+    """One release being served. Worker threads read its parts, which never change, but for `watch`: the loop's alone.
+
+    Attributes:
+        watch: sees what it answers and where it fails.
 
     Raises:
         ModelError: the release's scale cannot be.
     """
 
-    def __init__(self, spec: ReleaseSpec, artefact: Artefact, runtime: BatchRuntime) -> None:
+    def __init__(
+        self, spec: ReleaseSpec, artefact: Artefact, runtime: BatchRuntime, watch: Watch | None = None
+    ) -> None:
         self.spec = spec
         self.runtime = runtime
+        self.watch = watch or Watch(Baseline())
         self.digest = artefact.sha256
         self.threshold = artefact.threshold
         self.release = spec.release
@@ -82,11 +93,9 @@ def _infer_together(model: ServedModel, rows: list[Row]) -> list[Outcome]:
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused
         scaled = model.scaler(values)
         if not np.isfinite(scaled).all():
-            is_scale = bool(np.isfinite(values).all())
-            raise PayloadError(
-                "a value is too large for the model's scale" if is_scale else "a value is not finite",
-                field=rows[0].field,
-            )
+            if np.isfinite(values).all():
+                raise BeyondScaleError("a value is too large for the model's scale", field=rows[0].field)
+            raise PayloadError("a value is not finite", field=rows[0].field)
         outputs = model.runtime.run_all(scaled)
         scores = score_rows(model.score, scaled, as_float32(outputs[0]))
     labels = [None] * len(rows) if scores.labels is None else scores.labels.tolist()

@@ -18,8 +18,9 @@ import numpy as np
 from edge_gateway.batcher import Batcher
 from edge_gateway.cache import AnswerCache, CacheConfig
 from edge_gateway.histogram import ROWS, SECONDS, Histogram
-from edge_gateway.inference import Job, Outcome, Scored, ServedModel
+from edge_gateway.inference import BeyondScaleError, Job, Outcome, Scored, ServedModel
 from edge_gateway.requests import OpenRequest, Row, parse_rows
+from shoal.errors import ModelError
 from shoal.v1 import inference_pb2 as pb
 
 # As many rows as all queues of a model hold.
@@ -112,11 +113,19 @@ class Lanes:
         lane = self._lanes[model]
         lane.served, lane.is_slow = served, took_s > SLOW_S
 
+    def end(self, model: str) -> None:
+        """Serve this model no more; what waits for it is answered NOT_FOUND."""
+        self._lanes[model].served = None
+
+    def served(self, model: str) -> ServedModel | None:
+        """The release that answers, if one does."""
+        return self._lanes[model].served
+
     def admit(self, opened: OpenRequest, request: pb.InferenceRequest, size_bytes: int) -> None:
         """Let a request's rows wait, or refuse them."""
         lane = self._lanes.get(opened.model)
         if lane is None or lane.served is None:
-            opened.refuse_all(pb.STATUS_NOT_FOUND, f"model {opened.model!r} is not served here", "model")
+            opened.refuse_all(pb.STATUS_NOT_FOUND, _not_served(opened.model), "model")
         elif not lane.batcher.has_room(opened.device, opened.unanswered):
             opened.refuse_all(pb.STATUS_RESOURCE_EXHAUSTED, f"{len(lane.batcher)} rows wait already", "rows")
         else:
@@ -151,7 +160,9 @@ class Lanes:
     def _start(self, lane: _Lane, rows: list[Row], now: float) -> list[Settled]:
         served = lane.served
         if served is None:
-            raise RuntimeError("rows wait for a model that was never there")
+            for row in rows:
+                row.request.refuse(row.place, pb.STATUS_NOT_FOUND, _not_served(row.request.model), "model")
+            return []
         rows = [row for row in rows if not self._is_settled(row, served, now)]
         hits, misses = self._cache.lookup(served.digest, rows)
         settled: list[Settled] = [(row, served, scored) for row, scored in hits]
@@ -182,15 +193,20 @@ class Lanes:
 
     def _finish(self, job: Job, took_s: float) -> list[Settled]:
         self.histograms.inference_s.observe(took_s)
-        model = job.model
-        scored = sum(isinstance(outcome, Scored) for outcome in job.outcomes)
-        self._counters["rows.inferred"] += scored
-        self._counters["model_errors"] += len(job.outcomes) - scored
-        if not self._cache.is_bypassed:
-            for row, outcome in zip(job.rows, job.outcomes, strict=True):
-                if isinstance(outcome, Scored):
+        model, watch = job.model, job.model.watch
+        keeps = not self._cache.is_bypassed
+        settled: list[Settled] = []
+        for row, outcome in zip(job.rows, job.outcomes, strict=True):
+            if isinstance(outcome, Scored):
+                self._counters["rows.inferred"] += 1
+                watch.answered(outcome.score, row.data)
+                if keeps:
                     self._cache.put(model.digest, row, outcome)
-        return [(row, model, outcome) for row, outcome in zip(job.rows, job.outcomes, strict=True)]
+            elif isinstance(outcome, ModelError | BeyondScaleError):
+                self._counters["model_errors"] += 1
+                watch.erred(str(outcome))
+            settled.append((row, model, outcome))
+        return settled
 
     def _is_settled(self, row: Row, served: ServedModel, now: float) -> bool:
         """Nobody waits for it, or it was unpacked for a release of another shape: answered without the model."""
@@ -227,3 +243,7 @@ def _timed(job: Job) -> float:
     began = time.monotonic()
     job.run()
     return time.monotonic() - began
+
+
+def _not_served(model: str) -> str:
+    return f"model {model!r} is not served here"

@@ -111,6 +111,8 @@ def run(settings: GatewaySettings) -> None:
         node=settings.node,
         self_test=ChildSelfTest("edge_gateway.engine"),
         activate=gateway.activate,
+        deactivate=gateway.deactivate,
+        find_watch=gateway.watch,
         rng=rng,
         counters=gateway.counters,
     )
@@ -121,6 +123,7 @@ def run(settings: GatewaySettings) -> None:
     try:
         with serving_metrics(gateway, settings.metrics_address):
             serve(gateway, loop)
+        updates.excuse_start()
     finally:
         updates.close()
         outbox.close()

@@ -137,6 +137,8 @@ class Fleet:
         try:
             with self._loop.stopping_on_signals():
                 self._loop.run(until=self._is_over)
+            for member in self._members:
+                member.updates.excuse_start()
         finally:
             self._close()
 
@@ -164,6 +166,8 @@ class Fleet:
             node=node,
             self_test=self._self_test,
             activate=device.activate,
+            deactivate=device.deactivate,
+            find_watch=device.watch,
             rng=rng,
             counters=link.counters,
         )

@@ -22,6 +22,7 @@ from cloud.repository import ROLLOUT, TOP_LEVEL, first_generation
 from cloud.verify import verify_store
 from shoal.errors import ConfigError, ModelError
 from shoal.release.chunks import digest
+from shoal.release.probation import measure_baseline
 from shoal.release.selftest import Limits, Outcome, selftest_in_child
 from shoal.release.trust import model_role
 from shoal.tensors import to_array
@@ -293,6 +294,16 @@ def test_given_golden_vectors_are_released_as_they_are(tmp_path):
     assert vectors.tolerance == 0.5
     np.testing.assert_array_equal(to_array(vectors.inputs), inputs)
     np.testing.assert_array_equal(to_array(vectors.outputs), -inputs)
+
+
+def test_given_rows_are_a_baseline_and_random_ones_are_not(tmp_path):
+    """Live scores are compared with what the model answered to rows that somebody chose; errors count without."""
+    inputs = np.ones((3, 4), np.float32)
+    inputs[2] = 5.0
+    path = one_node(tmp_path / "m.onnx", "Neg")
+    golden = byo.load_golden(golden_file(tmp_path / "g.npz", inputs=inputs))
+    assert byo.describe(path, golden).spec.artefacts[0].baseline == measure_baseline([4.0, 4.0, 100.0])
+    assert byo.describe(path).spec.artefacts[0].baseline == measure_baseline([])
 
 
 def test_golden_inputs_alone_are_answered(tmp_path):

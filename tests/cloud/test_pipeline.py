@@ -14,6 +14,7 @@ from cloud.tasks import load_task
 from cloud.tasks.base import GateLimits
 from cloud.tasks.datasets import SHUTTLE_SELECT, SHUTTLE_STREAM, digits_images, digits_stream, shuttle_rows
 from shoal.errors import ModelError
+from shoal.release.probation import MAX_DIVERGENCE_PPM, MAX_ERROR_PPM, Outcome, Watch, measure_baseline, parse_baseline
 from shoal.scoring import scale, score_rows
 from shoal.tensors import to_array
 from shoal.v1 import release_pb2 as pb
@@ -137,6 +138,51 @@ def test_retrained_release_names_and_beats_its_parent(digits, retrained, labelle
         assert digits.reports[name].metric_parent is None
         assert report.metric_parent == (score_with(digits, tier, holdout.x).labels == holdout.y).mean()
         assert report.metric_parent + 0.1 < report.metric_float
+
+
+def watch_live(built, name, values):
+    """What a node would think of these readings at the end of its probation."""
+    tier = TIER_IDS[name]
+    watch = Watch(parse_baseline(artefact_of(built, tier).baseline))
+    for reading, score in zip(values, score_with(built, tier, values).scores.tolist(), strict=True):
+        watch.answered(score, reading.tobytes())
+    return watch
+
+
+def test_baseline_is_what_the_shipped_artefact_scores_on_the_holdout(digits, retrained, labelled):
+    """In whole numbers, with the limits that a node holds it to."""
+    for built, extra in ((digits, None), (retrained, labelled)):
+        holdout = load_task("digits").prepare(extra).holdout
+        for tier in TIER_IDS.values():
+            baseline = artefact_of(built, tier).baseline
+            assert baseline == measure_baseline(score_with(built, tier, holdout.x).scores.tolist())
+            assert (baseline.rows, sum(baseline.score_ppm)) == (len(holdout), 1_000_000)
+            assert (baseline.max_error_ppm, baseline.max_divergence_ppm) == (MAX_ERROR_PPM, MAX_DIVERGENCE_PPM)
+
+
+@pytest.mark.parametrize("name", TIER_IDS)
+def test_good_releases_survive_probation_on_real_drift(digits, retrained, drifted, name):
+    """On the view they were made for, on a turned camera, and on just those images that the layer below asks about."""
+    stream = digits_images().take(digits_stream()).x
+    for built in (digits, retrained):
+        for images in (stream, drifted.x, stream[exceeding(built, "device", stream)], drifted.x[:, ::-1].copy()):
+            assert watch_live(built, name, images).decide(60.0, 10.0).outcome is Outcome.CONFIRM
+
+
+@pytest.mark.parametrize("name", TIER_IDS)
+def test_good_release_survives_probation_on_anomalies_alone(shuttle, name):
+    """Nothing but anomalies, as a gateway is asked about: the gate saw few of them, and they are no fault."""
+    rows = shuttle_rows().take(SHUTTLE_STREAM)
+    for values in (rows.x, rows.x[rows.y == 1]):
+        watch = watch_live(shuttle, name, values)
+        assert watch.decide(60.0, 10.0).outcome is Outcome.CONFIRM, watch.divergence_ppm
+
+
+def test_wrong_unit_does_not_survive_probation(shuttle):
+    """Readings a thousand times too large: every score is where the gate saw none."""
+    decision = watch_live(shuttle, "device", 1000 * shuttle_rows().take(SHUTTLE_STREAM).x[:200]).decide(0.0, 10.0)
+    assert decision.outcome is Outcome.FAIL
+    assert "next to none" in decision.reason
 
 
 def test_checkpoints_do_not_outlive_a_release(retrained, digits_workdir):

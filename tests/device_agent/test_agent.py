@@ -18,6 +18,7 @@ from shoal.errors import ConfigError
 from shoal.link import Link
 from shoal.link_config import node_identity, parse_broker_url
 from shoal.loop import Loop
+from shoal.release.client import UpdateClient
 from shoal.routes import Route
 from shoal.v1 import inference_pb2 as pb
 
@@ -183,6 +184,25 @@ def test_agent_that_runs_until_dry_ends_when_all_is_answered(config, gateway, tm
     outbox = Outbox(tmp_path / "data" / "outbox.sqlite")
     assert outbox.counters()["answered"] == ROWS
     outbox.close()
+
+
+def test_only_an_ordered_end_is_excused(config, gateway, monkeypatch, tmp_path):
+    """Pins that a model on probation keeps its try over an ordered end, and loses it where the agent breaks."""
+    excused = []
+    monkeypatch.setattr(UpdateClient, "excuse_start", lambda _: excused.append("ordered"))
+    peer = gateway()
+    serving = threading.Thread(target=peer.loop.run)
+    serving.start()
+    try:
+        run_agent(load_config(config(), AgentSettings), until_dry=True)
+    finally:
+        peer.loop.stop()
+        serving.join()
+    assert excused == ["ordered"]
+    (tmp_path / "broken.csv").write_text("a,b\nx,y\n")
+    with pytest.raises(ConfigError):
+        run_agent(load_config(config(path=tmp_path / "broken.csv"), AgentSettings), until_dry=True)
+    assert excused == ["ordered"]
 
 
 def refusal(file):

@@ -9,12 +9,14 @@ from contextlib import contextmanager
 import pytest
 import tomli_w
 
+from edge_gateway import service
 from edge_gateway.service import GatewaySettings, run
 from shoal.config import load_config
 from shoal.errors import ConfigError
 from shoal.link import Link
 from shoal.link_config import node_identity, parse_broker_url
 from shoal.loop import Loop
+from shoal.release.client import UpdateClient
 from shoal.routes import Route
 
 _PATIENCE_S = 20.0
@@ -84,6 +86,25 @@ def test_bad_configuration_is_refused_by_name(config, changed, named):
 def test_operator_gets_one_line_and_exit_status_two(config):
     """Not a traceback."""
     assert "node: 'Gateway 1' is not an id" in last_words(config(node="Gateway 1"))
+
+
+def test_only_an_ordered_end_is_excused(config, monkeypatch):
+    """A model on probation keeps its try over a stop, and loses it where the gateway breaks."""
+    excused = []
+    monkeypatch.setattr(UpdateClient, "excuse_start", lambda _: excused.append("ordered"))
+    settings = load_config(config(), GatewaySettings)
+    monkeypatch.setattr(service, "serve", lambda _gateway, loop: loop.close())
+    run(settings)
+    assert excused == ["ordered"]
+
+    def broken(_gateway, loop):
+        loop.close()
+        raise MemoryError
+
+    monkeypatch.setattr(service, "serve", broken)
+    with pytest.raises(MemoryError):
+        run(settings)
+    assert excused == ["ordered"]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from shoal.errors import PayloadError, ShoalError
 from shoal.inbox import Delivery
 from shoal.release.fetch import BlobFetch, Subscriber
 from shoal.release.files import FileFetch
-from shoal.release.installer import Activate, Installer
+from shoal.release.installer import Activate, Deactivate, FindWatch, Installer
 from shoal.release.offer import NodeModel
 from shoal.release.plan import follows
 from shoal.release.selftest import SelfTester
@@ -43,6 +43,8 @@ class UpdateClient:
         node: this node's id, for cohorts and target patterns.
         models: what to run here, with the file store and the bounds of each.
         activate: called on the loop's thread, at start and after each update.
+        deactivate: the running model was refused, and there is none to go back to.
+        find_watch: what this node has seen of its running model, for probation.
         refresh_jitter_s: news reaches a whole fleet at once; each node waits up to this long before it acts.
 
     Attributes:
@@ -63,6 +65,8 @@ class UpdateClient:
         activate: Activate,
         rng: random.Random,
         counters: Counter[str],
+        deactivate: Deactivate = lambda _: None,
+        find_watch: FindWatch = lambda _: None,
         refresh_jitter_s: float = 0.5,
     ) -> None:
         self.counters = counters
@@ -80,6 +84,8 @@ class UpdateClient:
                 blobs=self._fetch,
                 self_test=self_test,
                 activate=activate,
+                deactivate=deactivate,
+                find_watch=find_watch,
                 counters=counters,
             )
             for item in models
@@ -117,6 +123,11 @@ class UpdateClient:
 
     def state(self) -> list[ModelState]:
         return [installer.state() for installer in self._installers.values()]
+
+    def excuse_start(self) -> None:
+        """The process ends in order: no model on probation has lost this try. Not for one that ends by an error."""
+        for installer in self._installers.values():
+            installer.excuse_start()
 
     def close(self) -> None:
         """Stop self-tests and close files; what is staged stays."""

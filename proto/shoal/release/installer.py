@@ -2,6 +2,7 @@
 
 Invariants:
 - what runs was self-tested here, or was confirmed before, and its bytes were hashed before this start;
+- a model on probation is confirmed or refused by what the node saw of it, and what is refused stops answering;
 - the state on disk is saved before what it describes happens;
 - one release is worked on at a time, and a newer plan replaces it; chunks that have arrived are kept.
 """
@@ -18,27 +19,27 @@ from shoal.errors import ModelError, PayloadError
 from shoal.release.chunks import Assembler, Manifest
 from shoal.release.fetch import BlobFetch
 from shoal.release.files import FileFetch
+from shoal.release.model_state import model_state
 from shoal.release.offer import Lookup, NodeModel, find_artefact
+from shoal.release.probation import Decision, Watch
+from shoal.release.probation import Outcome as Fitness
 from shoal.release.selftest import Outcome, SelfTester, Trial
 from shoal.release.slot_store import SlotStore, Staging
 from shoal.release.slots import Content, Phase, Slots
 from shoal.release.trust import TrustedPlan
-from shoal.v1.node_pb2 import ModelState, SlotPhase
+from shoal.v1.node_pb2 import ModelState
 from shoal.v1.release_pb2 import Artefact, BundleEntry, ReleaseSpec
 
 log = logging.getLogger(__name__)
 
-_PHASES = {
-    Phase.EMPTY: SlotPhase.SLOT_PHASE_EMPTY,
-    Phase.WRITTEN: SlotPhase.SLOT_PHASE_WRITTEN,
-    Phase.PROBATION: SlotPhase.SLOT_PHASE_PROBATION,
-    Phase.CONFIRMED: SlotPhase.SLOT_PHASE_CONFIRMED,
-    Phase.FAILED: SlotPhase.SLOT_PHASE_FAILED,
-}
 _DISK_RETRY_S = 30.0
 
 # Loads and serves an artefact; raises whatever it likes when it cannot.
 Activate = Callable[[str, ReleaseSpec, Path], None]
+# Stops serving a model that has no release left to go back to.
+Deactivate = Callable[[str], None]
+# What the node has seen of the running model; None where nobody watches, so that probation ends by time alone.
+FindWatch = Callable[[str], Watch | None]
 
 
 @unique
@@ -79,6 +80,8 @@ class Installer:
         blobs: BlobFetch,
         self_test: SelfTester,
         activate: Activate,
+        deactivate: Deactivate,
+        find_watch: FindWatch,
         counters: Counter[str],
     ) -> None:
         self._node = node
@@ -86,6 +89,8 @@ class Installer:
         self._blobs = blobs
         self._self_test = self_test
         self._activate = activate
+        self._deactivate = deactivate
+        self._find_watch = find_watch
         self._counters = counters
         self._slots = Slots()
         self._is_open = False
@@ -94,7 +99,7 @@ class Installer:
         self._goal: _Goal | None = None
         self._spec_fetch: FileFetch | None = None
         self._trial: Trial | None = None
-        self._confirm_at: float | None = None
+        self._watched_since: float | None = None
         self._paused_until = 0.0
 
     # -- what the client calls -----------------------------------------------------------------------------------
@@ -158,7 +163,7 @@ class Installer:
             if self._news is not None:
                 news, self._news = self._news, None
                 self.follow(*news)
-            self._confirm_when_due(now)
+            self._end_probation(now)
             if self._step is _Step.CHECK:
                 self._check_spec()
             elif self._step is _Step.READY and not self._slots.on_probation:
@@ -170,18 +175,15 @@ class Installer:
             self._note_disk_error(exc)
 
     def state(self) -> ModelState:
-        slot = self._slots.running or self._slots.spare
-        state = ModelState(
-            model=self._node.model,
-            release=slot.content.release,
-            phase=_PHASES[slot.phase],
-            sha256=slot.content.sha256,
-            runtime=self._node.runtime,
-        )
-        if self._slots.refusals:
-            state.refused_release = self._slots.refusals[-1].content.release
-            state.refused_reason = self._slots.refusals[-1].reason
-        return state
+        return model_state(self._node, self._slots, self._find_watch(self._node.model))
+
+    def excuse_start(self) -> None:
+        """The process ends because it was told to, which says nothing about a model on probation."""
+        if self._slots.on_probation:
+            try:
+                self._save(self._slots.excuse())
+            except OSError as exc:
+                self._note_disk_error(exc)
 
     def close(self) -> None:
         self._abandon()
@@ -205,14 +207,16 @@ class Installer:
             self._note_refusal(content.release, f"activation: {exc}")
             self._save(self._slots.fail(index, f"activation: {exc}"))
             return False
-        self._confirm_at = None
+        self._watched_since = None
         self._counters["activations"] += 1
         log.info("model active model=%s release=%d", self._node.model, content.release)
         return True
 
     def _run_what_is_left(self) -> None:
-        while self._slots.active is not None and not self._activate_running():
-            pass
+        while self._slots.active is not None:
+            if self._activate_running():
+                return
+        self._deactivate(self._node.model)
 
     def _go_back(self) -> None:
         self._save(self._slots.switch())
@@ -227,14 +231,22 @@ class Installer:
                 self._abandon()
             self._run_what_is_left()
 
-    def _confirm_when_due(self, now: float) -> None:
+    def _end_probation(self, now: float) -> None:
         if not self._slots.on_probation:
             return
-        if self._confirm_at is None:
-            self._confirm_at = now + self._node.probation_s
-        if now >= self._confirm_at:
+        if self._watched_since is None:
+            self._watched_since = now
+        decision = self._judge(now - self._watched_since)
+        if decision.outcome is Fitness.FAIL:
+            self.fail(f"probation: {decision.reason}")
+        elif decision.outcome is Fitness.CONFIRM:
             self._save(self._slots.confirm())
-            self._confirm_at = None
+
+    def _judge(self, waited_s: float) -> Decision:
+        watch = self._find_watch(self._node.model)
+        if watch is not None:
+            return watch.decide(waited_s, self._node.probation_s)
+        return Decision(Fitness.WAIT if waited_s < self._node.probation_s else Fitness.CONFIRM)
 
     # -- installing ----------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ class NodeModel:
     """What an installer must know of its node.
 
     Attributes:
-        probation_s: a model that runs this long without `fail` is confirmed.
+        probation_s: how long a new model is watched at least; see `shoal.release.probation`.
         max_artefact_bytes: larger ones are refused before anything is fetched.
     """
 

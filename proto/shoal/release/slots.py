@@ -3,7 +3,8 @@
 Invariants:
 - the active slot is on probation or confirmed;
 - a slot is written only while the other one could take over: never while the active model is on probation;
-- `tries_left` goes down before an attempt, so that a model that kills the process runs out of them;
+- `tries_left` goes down before an attempt, so that a model that kills the process runs out of them; it goes up again
+  only for a start that ended in order;
 - a digest that was refused is never written again.
 
 A step that is not in `TRANSITIONS` raises `RuntimeError` and changes nothing.
@@ -32,6 +33,7 @@ class Phase(Enum):
 class Event(Enum):
     WRITE = "write"
     ATTEMPT = "attempt"
+    EXCUSE = "excuse"
     PROVE = "prove"
     CONFIRM = "confirm"
     FAIL = "fail"
@@ -46,6 +48,7 @@ TRANSITIONS: Mapping[tuple[Phase, Event], Phase] = MappingProxyType(
         (Phase.CONFIRMED, Event.WRITE): Phase.WRITTEN,
         (Phase.WRITTEN, Event.ATTEMPT): Phase.WRITTEN,
         (Phase.PROBATION, Event.ATTEMPT): Phase.PROBATION,
+        (Phase.PROBATION, Event.EXCUSE): Phase.PROBATION,
         (Phase.WRITTEN, Event.PROVE): Phase.PROBATION,
         (Phase.PROBATION, Event.CONFIRM): Phase.CONFIRMED,
         (Phase.WRITTEN, Event.FAIL): Phase.FAILED,
@@ -146,6 +149,12 @@ class Slots:
         if slot.tries_left == 0:
             raise RuntimeError(f"release {slot.content.release} has no tries left")
         return self._with(index, replace(slot, tries_left=slot.tries_left - 1))
+
+    def excuse(self) -> "Slots":
+        """Give a start on probation its try back: the process was told to end."""
+        index = self._trial_index()
+        slot = self.pair[index].after(Event.EXCUSE)
+        return self._with(index, replace(slot, tries_left=min(TRIES, slot.tries_left + 1)))
 
     def pass_test(self) -> "Slots":
         """The spare slot passed its self-test: it becomes active, on probation, its first start counted."""

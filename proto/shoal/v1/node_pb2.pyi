@@ -38,7 +38,7 @@ class Presence(_message.Message):
     def __init__(self, session: _Optional[bytes] = ..., online: _Optional[bool] = ..., at_us: _Optional[int] = ..., role: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class ModelState(_message.Message):
-    __slots__ = ("model", "release", "phase", "sha256", "runtime", "refused_release", "refused_reason")
+    __slots__ = ("model", "release", "phase", "sha256", "runtime", "refused_release", "refused_reason", "answers", "errors", "divergence_ppm")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,9 @@ class ModelState(_message.Message):
     RUNTIME_FIELD_NUMBER: _ClassVar[int]
     REFUSED_RELEASE_FIELD_NUMBER: _ClassVar[int]
     REFUSED_REASON_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    DIVERGENCE_PPM_FIELD_NUMBER: _ClassVar[int]
     model: str
     release: int
     phase: SlotPhase
@@ -53,7 +56,10 @@ class ModelState(_message.Message):
     runtime: str
     refused_release: int
     refused_reason: str
-    def __init__(self, model: _Optional[str] = ..., release: _Optional[int] = ..., phase: _Optional[_Union[SlotPhase, str]] = ..., sha256: _Optional[bytes] = ..., runtime: _Optional[str] = ..., refused_release: _Optional[int] = ..., refused_reason: _Optional[str] = ...) -> None: ...
+    answers: int
+    errors: int
+    divergence_ppm: int
+    def __init__(self, model: _Optional[str] = ..., release: _Optional[int] = ..., phase: _Optional[_Union[SlotPhase, str]] = ..., sha256: _Optional[bytes] = ..., runtime: _Optional[str] = ..., refused_release: _Optional[int] = ..., refused_reason: _Optional[str] = ..., answers: _Optional[int] = ..., errors: _Optional[int] = ..., divergence_ppm: _Optional[int] = ...) -> None: ...
 
 class NodeState(_message.Message):
     __slots__ = ("at_us", "role", "version", "counters", "models", "time_quality")

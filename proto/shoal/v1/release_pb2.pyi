@@ -55,8 +55,20 @@ class GoldenVectors(_message.Message):
     tolerance: float
     def __init__(self, inputs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., outputs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., tolerance: _Optional[float] = ...) -> None: ...
 
+class Baseline(_message.Message):
+    __slots__ = ("score_ppm", "rows", "max_error_ppm", "max_divergence_ppm")
+    SCORE_PPM_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    MAX_ERROR_PPM_FIELD_NUMBER: _ClassVar[int]
+    MAX_DIVERGENCE_PPM_FIELD_NUMBER: _ClassVar[int]
+    score_ppm: _containers.RepeatedScalarFieldContainer[int]
+    rows: int
+    max_error_ppm: int
+    max_divergence_ppm: int
+    def __init__(self, score_ppm: _Optional[_Iterable[int]] = ..., rows: _Optional[int] = ..., max_error_ppm: _Optional[int] = ..., max_divergence_ppm: _Optional[int] = ...) -> None: ...
+
 class Artefact(_message.Message):
-    __slots__ = ("tier", "format", "int8", "path", "sha256", "length_bytes", "chunks", "chunk_bytes", "golden", "threshold")
+    __slots__ = ("tier", "format", "int8", "path", "sha256", "length_bytes", "chunks", "chunk_bytes", "golden", "threshold", "baseline")
     TIER_FIELD_NUMBER: _ClassVar[int]
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     INT8_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +79,7 @@ class Artefact(_message.Message):
     CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     GOLDEN_FIELD_NUMBER: _ClassVar[int]
     THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    BASELINE_FIELD_NUMBER: _ClassVar[int]
     tier: Tier
     format: ModelFormat
     int8: bool
@@ -77,7 +90,8 @@ class Artefact(_message.Message):
     chunk_bytes: int
     golden: GoldenVectors
     threshold: float
-    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., format: _Optional[_Union[ModelFormat, str]] = ..., int8: _Optional[bool] = ..., path: _Optional[str] = ..., sha256: _Optional[bytes] = ..., length_bytes: _Optional[int] = ..., chunks: _Optional[_Iterable[bytes]] = ..., chunk_bytes: _Optional[int] = ..., golden: _Optional[_Union[GoldenVectors, _Mapping]] = ..., threshold: _Optional[float] = ...) -> None: ...
+    baseline: Baseline
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., format: _Optional[_Union[ModelFormat, str]] = ..., int8: _Optional[bool] = ..., path: _Optional[str] = ..., sha256: _Optional[bytes] = ..., length_bytes: _Optional[int] = ..., chunks: _Optional[_Iterable[bytes]] = ..., chunk_bytes: _Optional[int] = ..., golden: _Optional[_Union[GoldenVectors, _Mapping]] = ..., threshold: _Optional[float] = ..., baseline: _Optional[_Union[Baseline, _Mapping]] = ...) -> None: ...
 
 class ReleaseSpec(_message.Message):
     __slots__ = ("model", "release", "parent", "created_at_us", "input", "score", "artefacts", "metrics_ppm")

@@ -18,9 +18,11 @@ from cloud.repository import ROLLOUT, first_generation
 from shoal.codec import encode
 from shoal.errors import LinkError
 from shoal.inbox import Inbox
+from shoal.link_config import node_identity
 from shoal.release.client import UpdateClient
 from shoal.release.offer import NodeModel
-from shoal.release.selftest import Outcome, Verdict
+from shoal.release.probation import Baseline, Watch
+from shoal.release.selftest import Outcome, Verdict, run_golden
 from shoal.release.trust import TrustStore, model_role
 from shoal.routes import ROUTES, Route, topic, topic_filter
 from shoal.tensors import to_tensor
@@ -117,6 +119,48 @@ class MemoryLink:
             on_done(None)
 
 
+class NodeLink(MemoryLink):
+    """The part of a link that a whole device or gateway uses; what it publishes is kept, and taken at once."""
+
+    def __init__(self, broker: MemoryBroker, node: str, role: str) -> None:
+        super().__init__(broker, window=20)
+        self.identity = node_identity("plant", node, role)
+        self.sent: list = []
+        self.is_idle = True
+        broker.links.append(self)
+
+    def on_connect(self, hook) -> None:
+        pass
+
+    def on_bad(self, route, hook) -> None:
+        self.inbox.on_bad(route, hook)
+
+    def room(self) -> int:
+        return self.window
+
+    def publish(self, route, message, *, on_done=None, **_addressing) -> bool:
+        encode(message)
+        self.sent.append((route, message))
+        if on_done is not None:
+            on_done(None)
+        return True
+
+    def last(self, route):
+        """The newest message on a route."""
+        return next(message for sent, message in reversed(self.sent) if sent is route)
+
+
+class InlineSelfTest:
+    """Runs golden vectors in this process, in the runtime that `load` loads."""
+
+    def __init__(self, load) -> None:
+        self.load = load
+
+    def start(self, path: Path, artefact: Artefact, _now: float) -> "SettledTrial":
+        run_golden(self.load(path), artefact)
+        return SettledTrial(Verdict(Outcome.PASSED))
+
+
 class SettledTrial:
     def __init__(self, verdict: Verdict | None) -> None:
         self.verdict = verdict
@@ -182,9 +226,10 @@ class Cloud:
             self.broker.run()
         assert self.publisher.settled
 
-    def ship(self, data: bytes, parent: int = 0) -> ReleaseSpec:
+    def ship(self, data: bytes, parent: int = 0, spec: ReleaseSpec | None = None) -> ReleaseSpec:
         """Release, plan for all, publish."""
-        spec = self.release(data, parent=parent)
+        spec = spec or spec_for(MODEL, parent, Tier.TIER_DEVICE)
+        spec = submit_release(self.store, spec, [data], self.keys, self.now)
         self.plan(spec.release)
         self.settle()
         return spec
@@ -198,7 +243,7 @@ def spec_for(model: str, parent: int, tier: Tier) -> ReleaseSpec:
 
 
 class Node:
-    """A node with its update client; `active` is what it was told to run."""
+    """A node with its update client; `active` is what it was told to run, `watch` what it sees of that, if at all."""
 
     def __init__(self, directory: Path, broker: MemoryBroker, root: bytes, *, name: str, clock) -> None:
         self.directory = directory
@@ -208,6 +253,8 @@ class Node:
         self.clock = clock
         self.active: list[tuple[int, bytes]] = []
         self.refuse: set[bytes] = set()
+        self.baseline: Baseline | None = None
+        self.watch: Watch | None = None
         self.self_test = ScriptedSelfTest()
         self.now = 0.0
         self.boot()
@@ -224,6 +271,8 @@ class Node:
             node=self.name,
             self_test=self.self_test,
             activate=self.activate,
+            deactivate=self.deactivate,
+            find_watch=lambda _: self.watch,
             rng=random.Random(5),
             counters=self.counters,
         )
@@ -234,6 +283,11 @@ class Node:
         if data in self.refuse:
             raise OSError("no such operator")
         self.active.append((spec.release, data))
+        self.watch = None if self.baseline is None else Watch(self.baseline)
+
+    def deactivate(self, _model: str) -> None:
+        self.active.append((0, b""))
+        self.watch = None
 
     def run(self, seconds: float = 5.0) -> None:
         end = self.now + seconds

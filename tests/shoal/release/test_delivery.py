@@ -213,7 +213,7 @@ def test_running_model_refused_while_its_twin_is_tested(cloud, make_node):
     node.client.fail("digits", "unfit")
     trial.verdict = Verdict(Outcome.PASSED)
     node.run(20)
-    assert node.active == [(1, data)]
+    assert node.active == [(1, data), (0, b"")]
     assert node.state.refused_reason == "unfit"
 
 

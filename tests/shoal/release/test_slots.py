@@ -44,7 +44,7 @@ def test_table_is_complete_and_literal():
                     slot.after(event)
 
 
-STEPS = ["write", "attempt", "pass_test", "confirm", "fail_0", "fail_1", "drop_0", "drop_1", "switch"]
+STEPS = ["write", "attempt", "pass_test", "confirm", "fail_0", "fail_1", "drop_0", "drop_1", "switch", "excuse"]
 
 
 class SlotsMachine(RuleBasedStateMachine):
