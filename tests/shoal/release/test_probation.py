@@ -123,6 +123,26 @@ def test_errors_decide_by_rate_and_least_count(answers, errors, waited_s):
     assert outcome(watch, PATIENCE * PROBATION_S) is not Outcome.WAIT
 
 
+@pytest.mark.parametrize(
+    ("answers", "errors", "waited_s", "expected"),
+    [
+        (0, MIN_ERRORS - 1, PATIENCE * PROBATION_S - 1, Outcome.WAIT),
+        (0, MIN_ERRORS, 0.0, Outcome.FAIL),
+        (0, 1, PATIENCE * PROBATION_S, Outcome.FAIL),
+        (19, 1, PROBATION_S, Outcome.CONFIRM),
+        (18, 1, PROBATION_S, Outcome.WAIT),
+        (18, 2, PROBATION_S, Outcome.WAIT),
+        (18, 2, PATIENCE * PROBATION_S, Outcome.FAIL),
+        (95, 5, 0.0, Outcome.WAIT),
+        (94, 5, 0.0, Outcome.FAIL),
+        (0, 0, PATIENCE * PROBATION_S, Outcome.CONFIRM),
+    ],
+)
+def test_errors_at_the_limits(answers, errors, waited_s, expected):
+    """Pins each limit from both sides: more than one in twenty, five at least, and what patience ends with."""
+    assert outcome(watched([0.1] * answers, errors=errors), waited_s) is expected
+
+
 @given(st.lists(SCORES, max_size=50), st.integers(0, 20), st.floats(0, 1000))
 def test_failing_names_its_reason(scores, errors, waited_s):
     """And nothing else has one."""
@@ -192,6 +212,9 @@ def test_stuck_sensor_is_no_evidence_on_scores():
         watch.answered(1e4, b"stuck")
     assert watch.divergence_ppm is None
     assert watch.answers == 10 * MIN_SCORES
+    for number in range(MIN_SCORES):
+        watch.answered(0.05, row(number))
+    assert watch.divergence_ppm == 0
     assert outcome(watch) is Outcome.CONFIRM
 
 
