@@ -135,6 +135,9 @@ class NodeLink(MemoryLink):
     def on_bad(self, route, hook) -> None:
         self.inbox.on_bad(route, hook)
 
+    def flush(self) -> None:
+        """What is published has arrived already."""
+
     def room(self) -> int:
         return self.window
 

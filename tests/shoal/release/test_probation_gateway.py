@@ -9,10 +9,10 @@ import pytest
 onnx = pytest.importorskip("onnx", reason="left out: gateways need onnxruntime")
 
 from edge_gateway import engine  # noqa: E402  not in the device environment
-from edge_gateway.cache import CacheConfig  # noqa: E402
 from edge_gateway.gateway import Gateway, GatewayConfig  # noqa: E402
 from shoal.codec import encode  # noqa: E402
 from shoal.delivery.outbox import Outbox  # noqa: E402
+from shoal.loop import Loop  # noqa: E402
 from shoal.release.client import UpdateClient  # noqa: E402
 from shoal.release.offer import NodeModel  # noqa: E402
 from shoal.release.probation import measure_baseline  # noqa: E402
@@ -74,8 +74,9 @@ class Served:
     def start(self):
         self.link = NodeLink(self.broker, NODE, "gateway")
         self.outbox = Outbox(self.directory / "outbox.sqlite")
-        config = GatewayConfig(SITE, NODE, [MODEL], [CAMERA], cache=CacheConfig())
-        self.gateway = Gateway(config, self.link, self.outbox, rng=random.Random(3), clock=lambda: self.now)
+        config = GatewayConfig(SITE, NODE, [MODEL], [CAMERA])
+        self.loop = Loop(lambda: self.now)
+        self.gateway = Gateway(config, self.link, self.outbox, rng=random.Random(3), loop=self.loop)
         self.updates = UpdateClient(
             self.link,
             TrustStore(self.directory / "trust", self.cloud.store.root(), clock=self.cloud.wall_s),
@@ -117,6 +118,8 @@ class Served:
 
     def close(self):
         self.updates.close()
+        self.gateway.lanes.close()
+        self.loop.close()
         self.outbox.close()
         self.link.connected = False
 
