@@ -80,7 +80,7 @@ def score_rows(kind: pb.ScoreKind, scaled: NDArray[np.float32], outputs: NDArray
             raise ModelError(f"{outputs.shape} came out, expected the same number for each of {len(scaled)} rows")
         logits = outputs.reshape(len(scaled), -1)
         with np.errstate(over="ignore"):  # exp makes 0 of it
-            shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-        certainty = shifted.max(axis=1) / shifted.sum(axis=1)
-        return Scores((1.0 - certainty).astype(np.float32), logits.argmax(axis=1))
+            # The largest of these is 1, and so the certainty is 1 over their sum.
+            total = np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
+        return Scores((1.0 - 1.0 / total).astype(np.float32, copy=False), logits.argmax(axis=1))
     raise ModelError(f"unknown score kind {kind}")

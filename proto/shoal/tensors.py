@@ -119,8 +119,10 @@ def reading_values(reading: SensorData, shape: Sequence[int], field: str = "read
 
 def as_float32(values: NDArray[Any]) -> NDArray[np.float32]:
     """What models compute with: a double too large becomes infinite, a signalling NaN a quiet one."""
+    if values.dtype == np.float32:
+        return values
     with np.errstate(over="ignore", invalid="ignore"):
-        return values.astype(np.float32, copy=False)
+        return values.astype(np.float32)
 
 
 def check_identity(device: str, epoch: bytes, reading: SensorData, field: str = "reading") -> None:
