@@ -8,7 +8,7 @@ EXTRAS := device,gateway,cloud,simulator,console,dev
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-device demo test test-device lint format proto proto-check bench bench-delivery bench-gateway faults-install mutation-trust check clean
+.PHONY: help venv venv-device demo test test-device lint format proto proto-check bench bench-delivery bench-gateway bench-device-step faults-install mutation-trust check clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -77,6 +77,9 @@ $(MOSEC)/.installed: benchmarks/gateway/requirements-mosec.txt
 
 bench-gateway: venv $(MOSEC)/.installed ## Measure the gateway beside mosec, an echo and onnxruntime (minutes; needs gcc, wrk, Mosquitto)
 	@$(BIN)/python -m benchmarks.gateway.bench_gateway $(ARGS)
+
+bench-device-step: venv ## Measure what the agent adds to a model call
+	@$(BIN)/python benchmarks/device_step.py $(ARGS)
 
 faults-install: venv ## Inject a fault into every system call of an install (minutes; needs strace)
 	@$(BIN)/python tests/campaigns/faults_install.py $(ARGS)

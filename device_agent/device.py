@@ -29,7 +29,7 @@ from shoal.link import Link
 from shoal.release.probation import Watch, parse_baseline
 from shoal.release.selftest import Runtime
 from shoal.routes import Route
-from shoal.scoring import scale, score_rows
+from shoal.scoring import Scaler, score_rows
 from shoal.state import Report, StateReporter
 from shoal.v1 import inference_pb2 as pb
 from shoal.v1.node_pb2 import ModelState
@@ -81,6 +81,7 @@ class _ActiveModel:
     spec: ReleaseSpec
     artefact: Artefact
     runtime: Runtime
+    scaler: Scaler
     watch: Watch
 
 
@@ -139,7 +140,8 @@ class Device:
         artefact = next((item for item in spec.artefacts if item.tier == Tier.TIER_DEVICE), None)
         if artefact is None:
             raise ModelError(f"release {spec.release} of {model} has nothing for devices")
-        self._active = _ActiveModel(spec, artefact, load(path), Watch(parse_baseline(artefact.baseline)))
+        watch = Watch(parse_baseline(artefact.baseline))
+        self._active = _ActiveModel(spec, artefact, load(path), Scaler(spec.input), watch)
         self._policy.forget_scores()
         self._reporter.soon()
 
@@ -182,7 +184,7 @@ class Device:
         spec, watch = self._active.spec, self._active.watch
         try:
             with np.errstate(over="ignore"):  # infinite is refused here, and as a score means "ask"
-                scaled = scale(values.reshape((1, *spec.input.shape)), spec.input)
+                scaled = self._active.scaler(values.reshape((1, *spec.input.shape)))
                 if not np.isfinite(scaled).all():
                     raise ModelError("a value is not finite")  # noqa: TRY301  an int8 model would answer it all the same
                 scores = score_rows(spec.score, scaled, self._active.runtime.run(scaled))

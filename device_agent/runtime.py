@@ -48,12 +48,12 @@ class TfliteRuntime:
         if len(inputs) != 1 or len(outputs) != 1:
             raise ModelError(f"{name}: {len(inputs)} inputs and {len(outputs)} outputs, expected one of each")
         self._interpreter = interpreter
-        self._input, self._output = inputs[0], outputs[0]
+        self._input, self._output = _TensorKind(inputs[0]), _TensorKind(outputs[0])
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Without the batch dimension."""
-        return tuple(int(size) for size in self._input["shape"][1:])
+        return self._input.shape
 
     def run(self, inputs: NDArray[Any]) -> NDArray[Any]:
         """Answer scaled float32 rows (n, *shape) with float32 outputs (n, ...), one invocation each.
@@ -61,18 +61,46 @@ class TfliteRuntime:
         Raises:
             ModelError: a row has another shape, or the runtime failed on it.
         """
+        if len(inputs) == 1:
+            return self._invoke(inputs)
         return np.concatenate([self._invoke(inputs[row : row + 1]) for row in range(len(inputs))])
 
     def _invoke(self, row: NDArray[np.float32]) -> NDArray[np.float32]:
-        details = self._input
-        if row.shape[1:] != self.input_shape:
-            raise ModelError(f"input {list(row.shape[1:])}, the model takes {list(self.input_shape)}")
+        if row.shape[1:] != self._input.shape:
+            raise ModelError(f"input {list(row.shape[1:])}, the model takes {list(self._input.shape)}")
         try:
-            self._interpreter.set_tensor(details["index"], _quantized(row, details))
+            self._interpreter.set_tensor(self._input.index, self._input.quantized(row))
             self._interpreter.invoke()
         except (ValueError, RuntimeError) as exc:
             raise ModelError(f"inference failed: {exc}") from exc
-        return _dequantized(self._interpreter.get_tensor(self._output["index"]), self._output)
+        return self._output.dequantized(self._interpreter.get_tensor(self._output.index))
+
+
+class _TensorKind:
+    """How one tensor of a model is laid out and quantized; asked once, because asking costs more than converting."""
+
+    def __init__(self, details: dict[str, Any]) -> None:
+        self.index: int = details["index"]
+        self.shape = tuple(int(size) for size in details["shape"][1:])
+        self._dtype = np.dtype(details["dtype"])
+        self._is_float = self._dtype.kind == "f"
+        if not self._is_float:
+            limits = np.iinfo(self._dtype)
+            self._lowest, self._highest = np.float32(limits.min), np.float32(limits.max)
+            scale, zero = details["quantization"]
+            self._scale, self._zero = np.float32(scale), np.float32(zero)
+
+    def quantized(self, values: NDArray[np.float32]) -> NDArray[Any]:
+        if self._is_float:
+            return values.astype(self._dtype, copy=False)
+        steps = np.rint(values / self._scale) + self._zero
+        clipped: NDArray[np.float32] = np.minimum(np.maximum(steps, self._lowest), self._highest)
+        return clipped.astype(self._dtype)
+
+    def dequantized(self, values: NDArray[Any]) -> NDArray[np.float32]:
+        if self._is_float:
+            return values.astype(np.float32, copy=False)
+        return (values.astype(np.float32) - self._zero) * self._scale
 
 
 def _installed() -> tuple[str, str]:
@@ -83,19 +111,3 @@ def _installed() -> tuple[str, str]:
             continue
         return distribution, module
     raise ConfigError("no TFLite runtime: install shoal[device], or shoal[device-tflite] with numpy below 2")
-
-
-def _quantized(values: NDArray[np.float32], details: dict[str, Any]) -> NDArray[Any]:
-    dtype = np.dtype(details["dtype"])
-    if dtype.kind == "f":
-        return values.astype(dtype, copy=False)
-    scale, zero = details["quantization"]
-    limits = np.iinfo(dtype)
-    return np.asarray(np.clip(np.rint(values / scale) + zero, limits.min, limits.max), dtype=dtype)
-
-
-def _dequantized(values: NDArray[Any], details: dict[str, Any]) -> NDArray[np.float32]:
-    if np.dtype(details["dtype"]).kind == "f":
-        return values.astype(np.float32)
-    scale, zero = details["quantization"]
-    return np.asarray((values.astype(np.float32) - zero) * scale, dtype=np.float32)

@@ -74,7 +74,7 @@ def score_rows(kind: pb.ScoreKind, scaled: NDArray[np.float32], outputs: NDArray
             raise ModelError(f"{outputs.shape} came out, expected {scaled.shape}")
         with np.errstate(over="ignore"):  # absurdly far off scores infinite
             errors = np.square(outputs.reshape(scaled.shape) - scaled).reshape(len(scaled), -1)
-            return Scores(errors.mean(axis=1, dtype=np.float32), None)
+            return Scores(errors.sum(axis=1, dtype=np.float32) / np.float32(errors.shape[1]), None)
     if kind == pb.SCORE_KIND_UNCERTAINTY:
         if outputs.size == 0 or outputs.size % len(scaled):
             raise ModelError(f"{outputs.shape} came out, expected the same number for each of {len(scaled)} rows")
