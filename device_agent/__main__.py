@@ -1,28 +1,8 @@
-"""Entry point: python -m device_agent --config agent.toml."""
+"""Entry point: python -m device_agent run --config agent.toml, and whatever else `shoal device` takes."""
 
-import argparse
-import logging
 import sys
-from pathlib import Path
 
-from device_agent.agent import AgentSettings, run
-from shoal.config import load_config
-from shoal.errors import ConfigError
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m device_agent", description="Run the Shoal agent on a device.")
-    parser.add_argument("--config", type=Path, required=True, help="TOML file, see docs/devices.md")
-    parser.add_argument("--log-level", default="INFO", help="DEBUG, INFO, WARNING or ERROR (default: %(default)s)")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=arguments.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    try:
-        run(load_config(arguments.config, AgentSettings))
-    except ConfigError as exc:
-        print(exc, file=sys.stderr)  # noqa: T201  the operator's one line
-        return 2
-    return 0
-
+from device_agent.commands import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog="python -m device_agent"))

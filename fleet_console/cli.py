@@ -107,14 +107,12 @@ def watch(
     run(broker, filters, as_json=as_json, count=count)
 
 
-@app.command()
-def agent(config: ConfigOption) -> None:
-    """Run the agent of one device; see docs/devices.md."""
-    from device_agent.agent import AgentSettings, run  # noqa: PLC0415
-    from shoal.config import load_config  # noqa: PLC0415
+@app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def device(context: typer.Context) -> None:
+    """Run and look after the agent of one device: run, check, outbox; see docs/devices.md."""
+    from device_agent.commands import main as run  # noqa: PLC0415
 
-    _log_to_stderr()
-    run(load_config(config, AgentSettings))
+    raise typer.Exit(run(context.args))
 
 
 class CloudService(StrEnum):

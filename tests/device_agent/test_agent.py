@@ -118,7 +118,7 @@ def config(broker, request, tmp_path):
 
 
 def command(file):
-    return [sys.executable, "-W", "error", "-m", "device_agent", "--config", str(file)]
+    return [sys.executable, "-W", "error", "-m", "device_agent", "run", "--config", str(file)]
 
 
 def environment():
@@ -234,7 +234,7 @@ def test_bad_configuration_ends_with_two_and_one_line(config, changed, named):
 def test_missing_configuration_ends_with_two_and_one_line(tmp_path):
     """Pins the line for a wrong path of the file itself."""
     errors = refusal(tmp_path / "gone.toml")
-    assert errors == f"{tmp_path / 'gone.toml'}: No such file or directory\n"
+    assert errors == f"shoal: {tmp_path / 'gone.toml'}: No such file or directory\n"
 
 
 def test_bad_cell_ends_with_two_and_loses_nothing_that_was_read(config, tmp_path):
@@ -243,7 +243,7 @@ def test_bad_cell_ends_with_two_and_loses_nothing_that_was_read(config, tmp_path
     source.write_text("a,b\n1,2\n3,4\n5,x\n")
     file = config(path=source, rate_hz=1e6)
     errors = refusal(file)
-    assert errors.splitlines()[-1] == f"source {source}, row 3, column b: 'x' is not a number"
+    assert errors.splitlines()[-1] == f"shoal: source {source}, row 3, column b: 'x' is not a number"
     assert "Traceback" not in errors
     outbox = Outbox(tmp_path / "data" / "outbox.sqlite")
     assert dict(outbox.counters()) == {"produced": 2, "accepted": 2, "asked.no_model": 2}

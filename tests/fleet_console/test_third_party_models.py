@@ -209,7 +209,7 @@ class Bench:
         text = [*as_toml(keys), "[broker]", f"url = {self.published.url!r}", "[source]", *as_toml(source)]
         config = self.directory / f"{name}.toml"
         config.write_text("\n".join(text))
-        return process(self.python, "device_agent", "--config", str(config))
+        return process(self.python, "device_agent", "run", "--config", str(config))
 
 
 def as_toml(keys: dict[str, object]) -> list[str]:

@@ -1,0 +1,71 @@
+"""What waits in a device's outbox, and how large one must be."""
+
+import math
+import sqlite3
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from shoal.errors import ConfigError
+
+# Of a row beside its payload: key, model, index, SQLite's own share; measured on 10,000 rows.
+_ROW_OVERHEAD_BYTES = 130
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxReport:
+    """The store as last committed."""
+
+    waiting: int
+    waiting_bytes: int
+    by_model: dict[str, int]
+    counters: dict[str, int]
+    file_bytes: int
+
+
+def read_outbox(path: Path) -> OutboxReport:
+    """Read a store without touching it; its agent may run.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    if not path.exists():
+        raise ConfigError(f"{path}: no outbox yet: the agent makes it when it first starts")
+    try:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as store:
+            waiting, size = store.execute("SELECT COUNT(*), COALESCE(SUM(LENGTH(payload)), 0) FROM items").fetchone()
+            by_model = dict(store.execute("SELECT model, COUNT(*) FROM items GROUP BY model ORDER BY model"))
+            counters = dict(store.execute("SELECT name, SUM(value) FROM counters GROUP BY name ORDER BY name"))
+    except sqlite3.Error as exc:
+        raise ConfigError(f"{path}: {exc}") from exc
+    return OutboxReport(waiting, size, by_model, counters, path.stat().st_size)
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxSize:
+    """Settings that hold so much, and what that takes of the disk."""
+
+    outbox_items: int
+    outbox_bytes: int
+    disk_bytes: int
+
+
+def size_for(rate_hz: float, hours: float, share: float, reading_bytes: int) -> OutboxSize:
+    """How large an outbox must be to lose nothing while the gateway is silent.
+
+    Args:
+        rate_hz: readings a second.
+        hours: of silence.
+        share: of the readings that are asked about; 1 in an outage of the model too.
+        reading_bytes: of one asked reading: 50 and its values, 4 bytes for each number.
+
+    Raises:
+        ConfigError: a figure that cannot be.
+    """
+    if not (rate_hz > 0 and hours > 0 and 0 < share <= 1 and reading_bytes > 0):
+        raise ConfigError(
+            f"rate {rate_hz}, hours {hours}, share {share}, bytes {reading_bytes}: all above 0, share at most 1"
+        )
+    items = math.ceil(rate_hz * hours * 3600 * share)
+    payload = items * reading_bytes
+    return OutboxSize(items, payload, payload + items * _ROW_OVERHEAD_BYTES)
