@@ -5,8 +5,7 @@ Invariants:
 - blobs, then bundle, then timestamp, then the clearing of what no release names: each waits until the broker has
   confirmed all of the one before;
 - what is confirmed is known for this connection only: a broker that lost its retained messages gets all of them again;
-- the ledger knows every blob that may be retained, so that none is left behind;
-- an order that would keep more than the budget on the broker is refused before anything of it is signed or sent.
+- the ledger knows every blob that may be retained, so that none is left behind.
 
 Killed anywhere, it goes on from the disk and repeats; repeating changes nothing.
 """
@@ -25,10 +24,8 @@ from cloud.blob_ledger import BlobLedger
 from cloud.keys import KeyStore
 from cloud.release_orders import checked_files
 from cloud.release_store import Order, ReleaseStore
-from cloud.repository import ROLLOUT, Generation, check_signers, renew, resign
-from cloud.retained_budget import check_budget, retained_blobs
+from cloud.repository import Generation, check_signers, renew, resign
 from cloud.rotation_check import DELEGATORS, checked_change
-from cloud.settings import RETAINED_BUDGET_BYTES
 from shoal.codec import encode
 from shoal.errors import LinkError, ShoalError
 from shoal.release.chunks import CHUNK_BYTES, digest, manifest_of
@@ -83,11 +80,6 @@ class LiveSet:
     bundle: TrustBundle
     timestamp: bytes
 
-    @property
-    def size_bytes(self) -> int:
-        """Of all payloads."""
-        return sum(source.length_bytes for source in self.blobs.values()) + self.bundle.ByteSize() + len(self.timestamp)
-
 
 def live_set(generation: Generation, store: ReleaseStore) -> LiveSet:
     """List what a generation needs on the broker: metadata, plans and specs through the bundle, artefacts' chunks."""
@@ -120,11 +112,9 @@ class Publisher:
     Args:
         keys: need the roles `snapshot` and `timestamp` only.
         wall_clock: what metadata is signed with.
-        budget_bytes: of everything retained, see `check_budget`.
 
     Attributes:
-        counters: orders_taken, orders_refused, blobs_published, blobs_cleared, publish_errors; and as they stand
-            retained_bytes, retained_budget_bytes.
+        counters: orders_taken, orders_refused, blobs_published, blobs_cleared, publish_errors.
     """
 
     def __init__(
@@ -135,11 +125,8 @@ class Publisher:
         *,
         counters: Counter[str],
         wall_clock: Callable[[], dt.datetime] = lambda: dt.datetime.now(dt.UTC),
-        budget_bytes: int = RETAINED_BUDGET_BYTES,
     ) -> None:
         self.counters = counters
-        self.counters["retained_budget_bytes"] = budget_bytes
-        self._budget_bytes = budget_bytes
         self._link = link
         self._store = store
         self._keys = keys
@@ -159,7 +146,6 @@ class Publisher:
         self._generation = self._store.load()
         self._ledger = BlobLedger(self._store.directory / "blobs.sqlite")
         self._live = live_set(self._generation, self._store)
-        self.counters["retained_bytes"] = self._live.size_bytes
         self._ledger.add(self._live.blobs)
         self._forget_connection()
 
@@ -201,8 +187,6 @@ class Publisher:
         now = self._wall_clock()
         try:
             changed, files = self._checked(order, now)
-            if order.role not in {*DELEGATORS, ROLLOUT}:
-                self._check_budget(changed, files)
         except ShoalError as exc:
             self.counters["orders_refused"] += 1
             log.error("order refused name=%s reason=%s", order.name, exc)  # noqa: TRY400  the reason says it all
@@ -224,18 +208,10 @@ class Publisher:
         files = checked_files(order, self._generation, self._store, now)
         return replace(self._generation, roles={**self._generation.roles, order.role: order.metadata}), files
 
-    def _check_budget(self, changed: Generation, files: dict[bytes, bytes]) -> None:
-        def load(sha256: bytes) -> bytes:
-            return files[sha256] if sha256 in files else self._store.file_path(sha256).read_bytes()
-
-        before = {sha256: source.length_bytes for sha256, source in self._live.blobs.items()}
-        check_budget(before, retained_blobs(changed, load), self._budget_bytes)
-
     def _commit(self, generation: Generation, files: dict[bytes, bytes]) -> None:
         self._store.commit(generation, files)
         self._generation = generation
         self._live = live_set(generation, self._store)
-        self.counters["retained_bytes"] = self._live.size_bytes
         self._ledger.add(self._live.blobs)
         self._todo = deque(item for item in self._live.blobs if item not in self._confirmed | self._awaited)
         self._stale.clear()

@@ -103,7 +103,7 @@ def run_publisher(settings: CloudSettings) -> None:
     loop, link = _open(settings, "publisher")
     counters: Counter[str] = Counter()
     keys = FileKeyStore(settings.keys_dir, key_password)
-    service = Publisher(link, releases, keys, counters=counters, budget_bytes=settings.retained_budget_bytes)
+    service = Publisher(link, releases, keys, counters=counters)
     service.start()
     link.on_connect(service.on_connect)
     loop.call_every(_FAST_S, service.tick)

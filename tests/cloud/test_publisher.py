@@ -83,11 +83,11 @@ def store(tmp_path, keys):
 def boot(store, keys, broker):
     made = []
 
-    def start(window=7, now=NOW, **options):
+    def start(window=7, now=NOW):
         if made:
             made.pop().close()
         link = Link(broker, window)
-        publisher = Publisher(link, store, keys, counters=Counter(), wall_clock=lambda: now, **options)
+        publisher = Publisher(link, store, keys, counters=Counter(), wall_clock=lambda: now)
         publisher.start()
         publisher.on_connect()
         made.append(publisher)
@@ -164,39 +164,6 @@ def test_blobs_then_bundle_then_timestamp_each_confirmed(store, keys, broker, bo
     at = broker.order.index(bundle)
     assert broker.order[at + 1] == timestamp
     assert not {name for name in broker.order[at + 2 :] if name in broker.retained}  # nothing but clearing
-
-
-def test_release_beyond_the_budget_is_refused_with_no_other_effect(store, keys, broker, boot):
-    """What is in the field goes on, with its numbers in the reason; what fits is taken afterwards."""
-    publisher, link = boot(budget_bytes=5 * CHUNK_BYTES)
-    release(store, keys, 1, chunks=2)
-    plan(store, keys, 1)
-    settle(publisher, link)
-    before = dict(broker.retained)
-    large, _ = release(store, keys, 2, chunks=4)
-    settle(publisher, link)
-    assert broker.retained == before
-    assert not blobs(large) & set(broker.order)
-    assert (publisher.counters["orders_refused"], publisher.counters["orders_taken"]) == (1, 2)
-    (reason,) = [path.read_text() for path in store.directory.glob("refused/*/reason")]
-    assert f"the budget is {5 * CHUNK_BYTES}" in reason
-    small, _ = release(store, keys, 3, chunks=1)
-    settle(publisher, link)
-    assert blobs(small) <= set(broker.retained)
-    assert publisher.counters["retained_bytes"] == sum(map(len, broker.retained.values()))
-    assert publisher.counters["retained_bytes"] <= publisher.counters["retained_budget_bytes"]
-
-
-def test_smaller_budget_stops_no_roll_back(store, keys, boot):
-    """Plans and renewals are small, and the way out."""
-    publisher, link = boot()
-    release(store, keys, 1, chunks=4)
-    plan(store, keys, 1)
-    settle(publisher, link)
-    publisher, link = boot(budget_bytes=1000)
-    plan(store, keys, 1)
-    settle(publisher, link)
-    assert publisher.counters["orders_refused"] == 0
 
 
 def test_full_window_is_back_pressure(store, keys, boot):
