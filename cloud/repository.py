@@ -1,4 +1,4 @@
-"""TUF metadata as values: built, signed, verified and advanced. Pure but for the signers that are passed in.
+"""TUF metadata as values: built, signed and verified. Pure but for the signers that are passed in.
 
 Invariants:
 - a `Generation` is complete and consistent: its timestamp names its snapshot, which names its role files, by digest;
@@ -213,11 +213,6 @@ def verify_role(generation: Generation, role: str, data: bytes, now: dt.datetime
         if not delegated.is_delegated_path(path):
             raise TrustError(f"role {role} may not deliver {path}")
     return signed.signed
-
-
-def advance(generation: Generation, role: str, data: bytes, keys: KeyStore, now: dt.datetime) -> Generation:
-    """Take in a role's verified metadata: a new snapshot and a new timestamp."""
-    return resign(replace(generation, roles={**generation.roles, role: data}), keys, now)
 
 
 def resign(generation: Generation, keys: KeyStore, now: dt.datetime) -> Generation:

@@ -1,4 +1,5 @@
 import datetime as dt
+from dataclasses import replace
 
 import pytest
 from tuf.api.metadata import Metadata, Root
@@ -6,10 +7,10 @@ from tuf.api.metadata import Metadata, Root
 from cloud.keys import FileKeyStore
 from cloud.repository import (
     ROLLOUT,
-    advance,
     first_generation,
     parse_role,
     renew,
+    resign,
     sign_role,
     snapshot_of,
     target_file,
@@ -58,11 +59,11 @@ def test_expiry_is_what_the_design_promises(generation):
         assert parse_role(data).expires - NOW == dt.timedelta(days=365)
 
 
-def test_advance_takes_one_role_and_raises_versions(keys, generation):
+def test_resigning_a_changed_role_raises_versions(keys, generation):
     """New snapshot, new timestamp, everything else byte for byte as it was."""
     data = signed(keys, {"releases/digits/1.spec": b"spec"})
     verify_role(generation, ROLE, data, NOW)
-    after = advance(generation, ROLE, data, keys, NOW)
+    after = resign(replace(generation, roles={**generation.roles, ROLE: data}), keys, NOW)
     assert after.roles == {**generation.roles, ROLE: data}
     assert (snapshot_of(after).version, timestamp_of(after).version) == (2, 2)
     assert snapshot_of(after).meta[f"{ROLE}.json"].version == 2

@@ -12,7 +12,6 @@ from cloud.keys import FileKeyStore
 from cloud.repository import (
     ROLLOUT,
     Generation,
-    advance,
     first_generation,
     parse_role,
     parse_root,
@@ -58,8 +57,11 @@ class World:
         version = parse_role(self.generation.roles[role]).version + 1
         infos = {path: target_file(path, data) for path, data in targets.items()}
         data = sign_role(self.keys.signers(signer or role), version, infos, now)
-        self.generation = advance(self.generation, role, data, self.keys, now)
+        self.take(role, data, now)
         self.extra |= {digest(data): data for data in targets.values()}
+
+    def take(self, role: str, data: bytes, now: dt.datetime = NOW) -> None:
+        self.generation = resign(replace(self.generation, roles={**self.generation.roles, role: data}), self.keys, now)
 
     def serve(self, generation: Generation | None = None) -> tuple[TrustBundle, bytes, dict[bytes, bytes]]:
         generation = generation or self.generation
@@ -253,7 +255,7 @@ def test_stolen_online_keys_make_no_release(trust, world):
     role = model_role("digits")
     foreign = [CryptoSigner.generate_ed25519()]
     data = sign_role(foreign, 9, {"releases/digits/1.spec": target_file("x", b"evil")}, NOW)
-    world.generation = advance(world.generation, role, data, world.keys, NOW)
+    world.take(role, data)
     assert "signed by" in refresh(trust, world.serve()).refused["digits"]
 
 
