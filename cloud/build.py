@@ -112,7 +112,7 @@ def build(settings: CloudSettings, model: ModelSettings) -> BuildReport:
     )
     now = dt.datetime.now(dt.UTC)
     files = [built.files[artefact.path] for artefact in built.spec.artefacts]
-    released = submit_release(releases, built.spec, files, keys, now)
+    released = submit_release(releases, built.spec, files, keys, now, budget_bytes=settings.retained_budget_bytes)
     plan = RolloutPlan(
         rollout_id=f"{model.name}-{released.release}",
         model=model.name,

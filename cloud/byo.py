@@ -21,6 +21,7 @@ from cloud.keys import KeyStore
 from cloud.release_orders import plans_of, submit_plan, submit_release
 from cloud.release_store import ReleaseStore
 from cloud.repository import ROLLOUT
+from cloud.retained import RETAINED_BUDGET_BYTES
 from shoal.errors import ConfigError, ModelError
 from shoal.release.plan import PERMILLE
 from shoal.release.probation import measure_baseline
@@ -129,13 +130,19 @@ def describe(path: Path, golden: Golden | None = None, threshold: float | None =
 
 
 def publish(
-    store: ReleaseStore, keys: KeyStore, described: Described, *, model: str, targets: Sequence[str]
+    store: ReleaseStore,
+    keys: KeyStore,
+    described: Described,
+    *,
+    model: str,
+    targets: Sequence[str],
+    budget_bytes: int = RETAINED_BUDGET_BYTES,
 ) -> pb.ReleaseSpec:
     """Sign and queue a described file as the model's next release, with the plan that brings it to `targets`.
 
     Raises:
         ConfigError: the model has no role, or a key is missing.
-        ModelError: it cannot be released.
+        ModelError: it cannot be released, or there is no room for it within `budget_bytes` of retained messages.
     """
     now = dt.datetime.now(dt.UTC)
     newest = store.newest()
@@ -147,7 +154,7 @@ def publish(
     spec.model = model
     plans = plans_of(newest.roles[ROLLOUT], newest.file)
     spec.parent = next((plan.release for plan in plans if plan.model == model), 0)
-    released = submit_release(store, spec, [described.data], keys, now)
+    released = submit_release(store, spec, [described.data], keys, now, budget_bytes=budget_bytes)
     plan = pb.RolloutPlan(
         rollout_id=f"{model}-{released.release}",
         model=model,

@@ -5,7 +5,8 @@ Invariants:
 - blobs, then bundle, then timestamp, then the clearing of what no release names: each waits until the broker has
   confirmed all of the one before;
 - what is confirmed is known for this connection only: a broker that lost its retained messages gets all of them again;
-- the ledger knows every blob that may be retained, so that none is left behind.
+- the ledger knows every blob that may be retained, so that none is left behind;
+- a release that there is no room for is refused before anything is signed, and nothing else changes.
 
 Killed anywhere, it goes on from the disk and repeats; repeating changes nothing.
 """
@@ -13,9 +14,8 @@ Killed anywhere, it goes on from the disk and repeats; repeating changes nothing
 import datetime as dt
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from google.protobuf.message import Message
@@ -24,20 +24,26 @@ from cloud.blob_ledger import BlobLedger
 from cloud.keys import KeyStore
 from cloud.release_orders import checked_files
 from cloud.release_store import Order, ReleaseStore
-from cloud.repository import Generation, check_signers, renew, resign
+from cloud.repository import ROLLOUT, Generation, check_signers, renew, resign
+from cloud.retained import (
+    RETAINED_BUDGET_BYTES,
+    OverBudgetError,
+    check_budget,
+    live_set,
+    must_clear_first,
+)
 from cloud.rotation_check import DELEGATORS, checked_change
 from shoal.codec import encode
 from shoal.errors import LinkError, ShoalError
-from shoal.release.chunks import CHUNK_BYTES, digest, manifest_of
+from shoal.link import Done
 from shoal.routes import Route
-from shoal.v1.release_pb2 import BundleEntry, TrustBundle
 
 log = logging.getLogger(__name__)
 
 _RETRY_S = 5.0
 _RENEW_CHECK_S = 3600.0
-
-Done = Callable[[LinkError | None], None]
+# Orders of these bring no release.
+_UNLIMITED = DELEGATORS | {ROLLOUT}
 
 
 class PublishLink(Protocol):
@@ -58,63 +64,16 @@ class PublishLink(Protocol):
     ) -> bool: ...
 
 
-@dataclass(frozen=True, slots=True)
-class BlobSource:
-    """Where a blob's bytes are."""
-
-    path: Path
-    offset: int
-    length_bytes: int
-
-    def load(self) -> bytes:
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.length_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class LiveSet:
-    """Everything that is retained for one generation."""
-
-    blobs: dict[bytes, BlobSource]
-    bundle: TrustBundle
-    timestamp: bytes
-
-
-def live_set(generation: Generation, store: ReleaseStore) -> LiveSet:
-    """List what a generation needs on the broker: metadata, plans and specs through the bundle, artefacts' chunks."""
-    blobs: dict[bytes, BlobSource] = {}
-    entries = [_entry(name, data, store.metadata_path(name), blobs) for name, data in generation.files().items()]
-    for path, info in sorted(generation.targets().items()):
-        source = store.file_path(bytes.fromhex(info.hashes["sha256"]))
-        if path.startswith("models/"):
-            _add_chunks(source.read_bytes(), source, blobs)
-        else:
-            entries.append(_entry(path, source.read_bytes(), source, blobs))
-    return LiveSet(blobs, TrustBundle(entries=entries), generation.timestamp)
-
-
-def _entry(name: str, data: bytes, source: Path, blobs: dict[bytes, BlobSource]) -> BundleEntry:
-    chunks = _add_chunks(data, source, blobs)
-    return BundleEntry(path=name, sha256=digest(data), length_bytes=len(data), chunks=chunks if len(chunks) > 1 else ())
-
-
-def _add_chunks(data: bytes, source: Path, blobs: dict[bytes, BlobSource]) -> tuple[bytes, ...]:
-    manifest = manifest_of(data)
-    for index, item in enumerate(manifest.digests):
-        blobs[item] = BlobSource(source, index * CHUNK_BYTES, manifest.length_of(index))
-    return manifest.digests
-
-
 class Publisher:
     """See the module. Call `on_connect` after each CONNACK and `tick` a few times a second.
 
     Args:
         keys: need the roles `snapshot` and `timestamp` only.
+        budget_bytes: how much its live set may be, see `cloud.retained`.
         wall_clock: what metadata is signed with.
 
     Attributes:
-        counters: orders_taken, orders_refused, blobs_published, blobs_cleared, publish_errors.
+        counters: orders_taken, orders_refused, orders_over_budget, blobs_published, blobs_cleared, publish_errors.
     """
 
     def __init__(
@@ -124,12 +83,14 @@ class Publisher:
         keys: KeyStore,
         *,
         counters: Counter[str],
+        budget_bytes: int = RETAINED_BUDGET_BYTES,
         wall_clock: Callable[[], dt.datetime] = lambda: dt.datetime.now(dt.UTC),
     ) -> None:
         self.counters = counters
         self._link = link
         self._store = store
         self._keys = keys
+        self._budget_bytes = budget_bytes
         self._wall_clock = wall_clock
         self._renew_at = 0.0
         self._now = 0.0
@@ -145,8 +106,7 @@ class Publisher:
         self._lock = self._store.own()
         self._generation = self._store.load()
         self._ledger = BlobLedger(self._store.directory / "blobs.sqlite")
-        self._live = live_set(self._generation, self._store)
-        self._ledger.add(self._live.blobs)
+        self._go_live(self._generation)
         self._forget_connection()
 
     @property
@@ -154,6 +114,10 @@ class Publisher:
         """Whether the broker has confirmed all of the newest generation, and nothing waits."""
         busy = self._todo or self._awaited or self._stale or self._clearing or self._store.orders()
         return not busy and self._acked.get(Route.TRUST_TIMESTAMP) == self._live.timestamp
+
+    def retained(self) -> Counter[str]:
+        """How much of its budget the live set takes: no counts, but NodeState has no other place for them."""
+        return Counter(retained_bytes=self._live.size_bytes, retained_budget_bytes=self._budget_bytes)
 
     def on_connect(self) -> None:
         """Publish everything again: this broker may be another one, or have lost what it held."""
@@ -163,14 +127,16 @@ class Publisher:
     def tick(self, now: float) -> None:
         """Take orders, renew what grows old, and go on publishing."""
         self._now = now
+        self._flush_cleared()
         for order in self._store.orders():
+            if self._must_wait(order):
+                break
             self._take(order)
         if now >= self._renew_at:
             self._renew_at = now + _RENEW_CHECK_S
             renewed = renew(self._generation, self._keys, self._wall_clock())
             if renewed is not None:
                 self._commit(renewed, {})
-        self._flush_cleared()
         self._pump()
 
     def close(self) -> None:
@@ -179,6 +145,16 @@ class Publisher:
         self._lock.close()
 
     # -- orders --------------------------------------------------------------------------------------------------
+
+    def _must_wait(self, order: Order) -> bool:
+        if order.role in _UNLIMITED:
+            return False
+        return must_clear_first(
+            present_bytes=self._live.size_bytes,
+            stale_blobs=len(self._ledger.digests() - self._live.blobs.keys()),
+            brought_bytes=order.size_bytes(),
+            budget_bytes=self._budget_bytes,
+        )
 
     def _take(self, order: Order) -> None:
         if order.metadata in (self._generation.roles.get(order.role), self._generation.roots[-1]):
@@ -189,6 +165,8 @@ class Publisher:
             changed, files = self._checked(order, now)
         except ShoalError as exc:
             self.counters["orders_refused"] += 1
+            if isinstance(exc, OverBudgetError):
+                self.counters["orders_over_budget"] += 1
             log.error("order refused name=%s reason=%s", order.name, exc)  # noqa: TRY400  the reason says it all
             self._store.refuse(order, str(exc))
             return
@@ -206,15 +184,33 @@ class Publisher:
         if order.role in DELEGATORS:
             return checked_change(order, self._generation, self._keys, now), {}
         files = checked_files(order, self._generation, self._store, now)
-        return replace(self._generation, roles={**self._generation.roles, order.role: order.metadata}), files
+        changed = replace(self._generation, roles={**self._generation.roles, order.role: order.metadata})
+        if order.role not in _UNLIMITED:
+            self._check_budget(order, changed, files)
+        return changed, files
+
+    def _check_budget(self, order: Order, changed: Generation, files: Mapping[bytes, bytes]) -> None:
+        # With the present snapshot and timestamp: the next are as long, but for digits of their versions.
+        proposed = live_set(
+            changed, self._store, lambda sha256: files.get(sha256) or self._store.unchecked_file(sha256)
+        )
+        check_budget(
+            f"role {order.role}",
+            present_bytes=self._live.size_bytes,
+            next_bytes=proposed.size_bytes,
+            budget_bytes=self._budget_bytes,
+        )
 
     def _commit(self, generation: Generation, files: dict[bytes, bytes]) -> None:
         self._store.commit(generation, files)
+        self._go_live(generation)
+        self._todo = deque(item for item in self._live.blobs if item not in self._confirmed | self._awaited)
+        self._stale.clear()
+
+    def _go_live(self, generation: Generation) -> None:
         self._generation = generation
         self._live = live_set(generation, self._store)
         self._ledger.add(self._live.blobs)
-        self._todo = deque(item for item in self._live.blobs if item not in self._confirmed | self._awaited)
-        self._stale.clear()
 
     # -- publishing ----------------------------------------------------------------------------------------------
 

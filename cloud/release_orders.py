@@ -3,12 +3,14 @@
 Invariants:
 - a role's metadata keeps the newest release, those that live plans name, and the parents of these to go back to;
 - no order takes away what a live plan names;
+- a release that there is no room for on the broker is refused before it is signed;
 - the publisher trusts no submitter: signatures, paths, digests, specs and plans are all checked again.
 """
 
 import datetime as dt
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from securesystemslib.signer import Signer
 from tuf.api.metadata import TargetFile, Targets
@@ -16,6 +18,7 @@ from tuf.api.metadata import TargetFile, Targets
 from cloud.keys import KeyStore, authorised
 from cloud.release_store import Newest, Order, ReleaseStore
 from cloud.repository import ROLLOUT, Generation, delegations_of, parse_role, sign_role, target_file, verify_role
+from cloud.retained import RETAINED_BUDGET_BYTES, LoadFile, check_budget, live_set
 from shoal.codec import decode, encode
 from shoal.errors import ConfigError, ModelError, TrustError
 from shoal.release.chunks import CHUNK_BYTES, digest, manifest_of
@@ -29,11 +32,15 @@ _SUFFIXES = {ModelFormat.MODEL_FORMAT_TFLITE: "tflite", ModelFormat.MODEL_FORMAT
 _TIERS = {Tier.TIER_DEVICE: "device", Tier.TIER_GATEWAY: "gateway"}
 _MICROSECONDS = 1_000_000
 
-LoadFile = Callable[[bytes], bytes | None]
-
 
 def submit_release(
-    store: ReleaseStore, spec: ReleaseSpec, files: Sequence[bytes], keys: KeyStore, now: dt.datetime
+    store: ReleaseStore,
+    spec: ReleaseSpec,
+    files: Sequence[bytes],
+    keys: KeyStore,
+    now: dt.datetime,
+    *,
+    budget_bytes: int = RETAINED_BUDGET_BYTES,
 ) -> ReleaseSpec:
     """Sign a release and queue it.
 
@@ -44,12 +51,13 @@ def submit_release(
         files: the artefacts themselves, in the order of `spec.artefacts`.
         keys: must have the model's role.
         now: the time to sign with.
+        budget_bytes: the publisher's, so that a release that it would refuse is refused here, where somebody reads it.
 
     Returns the spec as released.
 
     Raises:
         ConfigError: the model has no role here, or no key.
-        ModelError: the spec cannot be released.
+        ModelError: the spec cannot be released, or there is no room for it.
     """
     role = model_role(spec.model)
     with store.submitting():
@@ -63,8 +71,11 @@ def submit_release(
         keep = live_releases(newest.roles[ROLLOUT], published, spec.model, newest.file)
         targets = {path: info for path, info in published.targets.items() if _release_number(path) in keep}
         targets |= {path: target_file(path, data) for path, data in added.items()}
+        brought = {digest(data): data for data in added.values()}
+        unsigned = sign_role([], published.version + 1, targets, now)
+        _check_room(store, newest, released, unsigned, brought=brought, budget_bytes=budget_bytes)
         metadata = sign_role(_signers(newest, role, keys), published.version + 1, targets, now)
-        store.submit(role, metadata, {digest(data): data for data in added.values()})
+        store.submit(role, metadata, brought)
     return released
 
 
@@ -142,6 +153,30 @@ def live_releases(rollout: bytes, published: Targets, model: str, load: LoadFile
         if plan.model == model and info is not None:
             live |= {plan.release, decode(ReleaseSpec, _load_target(plan.spec_path, info, load)).parent}
     return live
+
+
+def _check_room(
+    store: ReleaseStore,
+    newest: Newest,
+    released: ReleaseSpec,
+    unsigned: bytes,
+    *,
+    brought: Mapping[bytes, bytes],
+    budget_bytes: int,
+) -> None:
+    """Look ahead at what the publisher will say, who counts the few bytes of a signature too."""
+    published = store.load()
+
+    def size_bytes(roles: Mapping[str, bytes]) -> int:
+        generation = replace(published, roles=roles)
+        return live_set(generation, store, lambda sha256: brought.get(sha256) or newest.file(sha256)).size_bytes
+
+    check_budget(
+        f"release {released.release} of {released.model!r}",
+        present_bytes=size_bytes(newest.roles),
+        next_bytes=size_bytes({**newest.roles, model_role(released.model): unsigned}),
+        budget_bytes=budget_bytes,
+    )
 
 
 def _signers(newest: Newest, role: str, keys: KeyStore) -> list[Signer]:

@@ -70,7 +70,7 @@ def run_ingest(settings: CloudSettings) -> None:
     loop, link = _open(settings, ingest.SERVICE)
     service = ingest.Ingest(link, store)
     loop.on_idle(lambda _: service.flush())
-    _serve(settings, loop, link, service.counters)
+    _serve(settings, loop, link, lambda: service.counters)
     service.flush()
     store.close()
 
@@ -86,7 +86,7 @@ def run_trainer(settings: CloudSettings, config: Path) -> None:
     service = trainer.Trainer(settings, link, store, trainer.process_starter(config))
     loop.call_every(_SLOW_S, service.tick)
     try:
-        _serve(settings, loop, link, service.counters)
+        _serve(settings, loop, link, lambda: service.counters)
     finally:
         service.close()
         store.close()
@@ -103,11 +103,11 @@ def run_publisher(settings: CloudSettings) -> None:
     loop, link = _open(settings, "publisher")
     counters: Counter[str] = Counter()
     keys = FileKeyStore(settings.keys_dir, key_password)
-    service = Publisher(link, releases, keys, counters=counters)
+    service = Publisher(link, releases, keys, counters=counters, budget_bytes=settings.retained_budget_bytes)
     service.start()
     link.on_connect(service.on_connect)
     loop.call_every(_FAST_S, service.tick)
-    _serve(settings, loop, link, counters)
+    _serve(settings, loop, link, lambda: counters + service.retained())
     service.close()
 
 
@@ -121,9 +121,9 @@ def _open(settings: CloudSettings, service: str) -> tuple[Loop, Link]:
     return Loop(), Link(link_config(settings.broker, session_expiry_s=0), service_identity(service))
 
 
-def _serve(settings: CloudSettings, loop: Loop, link: Link, counters: Counter[str]) -> None:
+def _serve(settings: CloudSettings, loop: Loop, link: Link, counters: Callable[[], Counter[str]]) -> None:
     rng = random.SystemRandom()
-    report: Callable[[], Report] = lambda: Report(counters + link.counters)  # noqa: E731
+    report: Callable[[], Report] = lambda: Report(counters() + link.counters)  # noqa: E731
     reporter = StateReporter(link, report, interval_s=settings.state_interval_s, rng=rng)
     link.attach(loop)
     loop.call_every(_FAST_S, reporter.tick)

@@ -6,6 +6,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from cloud.retained import RETAINED_BUDGET_BYTES
 from shoal.config import BrokerSettings
 from shoal.state import MAX_INTERVAL_S
 
@@ -36,6 +37,7 @@ class CloudSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int = 0
     train_threads: _Count = 1
     parallel_builds: _Count = 2
+    retained_budget_bytes: _Count = RETAINED_BUDGET_BYTES
     state_interval_s: Annotated[float, Meta(gt=0, le=MAX_INTERVAL_S)] = 60.0
 
     @property

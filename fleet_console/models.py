@@ -64,17 +64,27 @@ class Listed:
 
 
 @dataclass(frozen=True, slots=True)
+class Room:
+    """How much the publisher has retained, and may; its own word, which is not signed."""
+
+    retained_bytes: int
+    budget_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Listing:
     """Everything.
 
     Attributes:
         versions: by role, as verified.
         others: active models that no listed release explains, with the node.
+        room: None while the publisher has said nothing.
     """
 
     versions: Mapping[str, int]
     models: tuple[Listed, ...]
     others: tuple[tuple[str, int, Runs], ...]
+    room: Room | None
 
 
 def read_listing(reader: Reader, root: bytes | None) -> Listing:
@@ -89,7 +99,8 @@ def read_listing(reader: Reader, root: bytes | None) -> Listing:
         TrustError: what is published cannot be verified.
     """
     bundle_topic, timestamp_topic = topic(Route.TRUST_BUNDLE), topic(Route.TRUST_TIMESTAMP)
-    retained = reader.read_matching([bundle_topic, timestamp_topic, topic_filter(Route.STATE)])
+    publisher_topic = topic(Route.CLOUD_STATE, service="publisher")
+    retained = reader.read_matching([bundle_topic, timestamp_topic, publisher_topic, topic_filter(Route.STATE)])
     if bundle_topic not in retained or timestamp_topic not in retained:
         raise ConfigError("no releases are published on this broker")
     try:
@@ -111,7 +122,7 @@ def read_listing(reader: Reader, root: bytes | None) -> Listing:
     listed = [row for spec in specs for row in _rows(spec, view, _signers(spec.model, view, paths, files), running)]
     known = {(row.model, row.release, run) for row in listed for run in row.nodes}
     others = tuple(found for found in running if found not in known)
-    return Listing(view.versions, tuple(listed), others)
+    return Listing(view.versions, tuple(listed), others, _room(retained.get(publisher_topic, b"")))
 
 
 def _read_files(reader: Reader, bundle: TrustBundle) -> dict[bytes, bytes]:
@@ -151,6 +162,16 @@ def _running(retained: Mapping[str, bytes]) -> Iterator[tuple[str, int, Runs]]:
         for item in state.models:
             if item.release:
                 yield item.model, item.release, _runs(address.node, address.site, item)
+
+
+def _room(payload: bytes) -> Room | None:
+    try:
+        counters = decode(NodeState, payload).counters
+    except PayloadError:
+        return None
+    if "retained_budget_bytes" not in counters:
+        return None
+    return Room(counters.get("retained_bytes", 0), counters["retained_budget_bytes"])
 
 
 def _runs(node: str, site: str, item: ModelState) -> Runs:

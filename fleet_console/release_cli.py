@@ -52,7 +52,8 @@ def publish(
     settings = load_config(config, CloudSettings)
     described = byo.describe(file, None if golden is None else byo.load_golden(golden), threshold)
     store, keys = ReleaseStore(settings.releases_dir), FileKeyStore(settings.keys_dir, key_password)
-    spec = byo.publish(store, keys, described, model=model, targets=targets or ["*"])
+    budget_bytes = settings.retained_budget_bytes
+    spec = byo.publish(store, keys, described, model=model, targets=targets or ["*"], budget_bytes=budget_bytes)
     artefact = spec.artefacts[0]
     score = ScoreKind.Name(spec.score).removeprefix("SCORE_KIND_").lower()
     typer.echo(
@@ -112,6 +113,8 @@ def _print(listing: "Listing", *, is_root_given: bool) -> None:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     for model, release, run in listing.others:
         typer.echo(f"{run.site}/{run.node} runs {model} {release} ({run.phase}), which is not among these")
+    if listing.room is not None:
+        typer.echo(f"Retained: {listing.room.retained_bytes} of at most {listing.room.budget_bytes} bytes")
     if not is_root_given:
         typer.echo("Verified from the broker's own first root: give --root to verify from that of your nodes.")
 

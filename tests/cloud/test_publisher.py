@@ -2,18 +2,24 @@
 
 import datetime as dt
 import random
+import tempfile
 from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 from cloud import release_store
 from cloud.keys import FileKeyStore
-from cloud.publisher import Publisher, live_set
+from cloud.publisher import Publisher
 from cloud.release_orders import checked_files, submit_plan, submit_release
 from cloud.release_store import ReleaseStore
 from cloud.repository import ROLLOUT, first_generation, parse_role, sign_role, target_file, timestamp_of
+from cloud.retained import RETAINED_BUDGET_BYTES, OverBudgetError, live_set
 from shoal.codec import encode
 from shoal.errors import ConfigError, LinkError, ModelError, TrustError
 from shoal.release.chunks import CHUNK_BYTES, digest, split
@@ -83,11 +89,11 @@ def store(tmp_path, keys):
 def boot(store, keys, broker):
     made = []
 
-    def start(window=7, now=NOW):
+    def start(window=7, now=NOW, budget_bytes=RETAINED_BUDGET_BYTES):
         if made:
             made.pop().close()
         link = Link(broker, window)
-        publisher = Publisher(link, store, keys, counters=Counter(), wall_clock=lambda: now)
+        publisher = Publisher(link, store, keys, counters=Counter(), budget_bytes=budget_bytes, wall_clock=lambda: now)
         publisher.start()
         publisher.on_connect()
         made.append(publisher)
@@ -501,3 +507,149 @@ def test_publisher_without_a_store_says_what_to_do(tmp_path, keys, broker):
     publisher = Publisher(Link(broker), ReleaseStore(tmp_path), keys, counters=Counter())
     with pytest.raises(ConfigError, match="create it first"):
         publisher.start()
+
+
+# -- the budget -----------------------------------------------------------------------------------------------------
+
+# Plans may go beyond the budget, and metadata has a new copy before the old one is cleared.
+METADATA_BYTES = CHUNK_BYTES
+# One release of 2.5 chunks fits beside metadata, two do not.
+BUDGET = 4 * CHUNK_BYTES
+
+
+def held_bytes(broker):
+    return sum(map(len, broker.retained.values()))
+
+
+def test_what_is_retained_is_what_the_publisher_says(store, keys, broker, boot):
+    """To the byte, over releases that share chunks, plans and clearing."""
+    publisher, link = boot()
+    for number, seed in enumerate((1, 1, 2), 1):
+        release(store, keys, seed, parent=number - 1)
+        plan(store, keys, number)
+        settle(publisher, link)
+        assert publisher.retained() == {
+            "retained_bytes": held_bytes(broker), "retained_budget_bytes": RETAINED_BUDGET_BYTES
+        }  # fmt: skip
+
+
+def test_release_over_the_budget_is_refused_and_changes_nothing(store, keys, broker, boot):
+    """Nothing is signed, written or sent for it; the reason has the three numbers; plans go on."""
+    publisher, link = boot(budget_bytes=BUDGET)
+    release(store, keys, 1)
+    plan(store, keys, 1)
+    settle(publisher, link)
+    present, before, held = publisher.retained()["retained_bytes"], store.load(), dict(broker.retained)
+    files = sorted((store.directory / "files").iterdir())
+    release(store, keys, 2, parent=1)
+    [order] = store.orders()
+    publisher.tick(10.0)
+    assert not link.pending
+    assert (store.load(), broker.retained, sorted((store.directory / "files").iterdir())) == (before, held, files)
+    assert publisher._ledger.digests() == live_set(before, store).blobs.keys()
+    assert not store.orders()
+    reason = (store.directory / "refused" / order.name / "reason").read_text()
+    assert f"{present} are" in reason
+    assert f"at most {BUDGET} " in reason
+    assert (publisher.counters["orders_refused"], publisher.counters["orders_over_budget"]) == (1, 1)
+    plan(store, keys, 1)
+    settle(publisher, link)
+    assert publisher.counters["orders_taken"] == 3
+
+
+def test_order_that_is_refused_for_something_else_is_not_counted_as_too_large(store, keys, boot):
+    """The two counters tell an operator what to mend."""
+    publisher, _ = boot()
+    forge(store, keys, {"releases/digits/1.spec": b"\xff"})
+    publisher.tick(1.0)
+    assert (publisher.counters["orders_refused"], publisher.counters["orders_over_budget"]) == (1, 0)
+
+
+def test_release_over_the_budget_is_refused_at_submission(store, keys, boot):
+    """Somebody reads it there; what waits counts, what the release takes away does not."""
+    data = random.Random(1).randbytes(int(2.5 * CHUNK_BYTES))
+    for _ in range(2):  # no plan names the first, so the second takes its place
+        submit_release(store, spec_of(), [data], keys, NOW, budget_bytes=BUDGET)
+    plan(store, keys, 2)
+    waiting = [order.name for order in store.orders()]
+    other = random.Random(2).randbytes(int(2.5 * CHUNK_BYTES))
+    with pytest.raises(OverBudgetError, match=f"release 3 of 'digits': .* at most {BUDGET} "):
+        submit_release(store, spec_of(parent=2), [other], keys, NOW, budget_bytes=BUDGET)
+    assert [order.name for order in store.orders()] == waiting
+
+
+def test_release_waits_until_what_fills_its_room_is_cleared(store, keys, broker, boot):
+    """A release that no plan names gives its room to the next, but only once the broker has let go of it."""
+    publisher, link = boot(budget_bytes=BUDGET * 2)
+    first, _ = release(store, keys, 1)
+    settle(publisher, link)
+    second, _ = release(store, keys, 2)
+    publisher.tick(5.0)
+    third, _ = release(store, keys, 3)
+    publisher.tick(6.0)
+    assert [order.role for order in store.orders()] == ["model-digits"]
+    while link.pending:
+        link.confirm()
+    assert blobs(second) <= broker.retained.keys()
+    assert not blobs(first) & broker.retained.keys()
+    settle(publisher, link)
+    assert blobs(third) <= broker.retained.keys()
+    assert publisher.counters["orders_over_budget"] == 0
+
+
+def test_plans_and_new_timestamps_need_no_room(store, keys, broker, boot):
+    """A budget that was lowered to nothing stops neither a rollback nor the renewal of what runs."""
+    publisher, link = boot()
+    for number in (1, 2):
+        release(store, keys, number, parent=number - 1)
+        plan(store, keys, number)
+    settle(publisher, link)
+    publisher, link = boot(now=NOW + dt.timedelta(days=12), budget_bytes=1)
+    back = RolloutPlan(model="digits", release=1, targets=["*"], share_permille=1000, rollout_id="back" * 99)
+    submit_plan(store, back, keys, NOW)
+    old = broker.retained[topic(Route.TRUST_TIMESTAMP)]
+    settle(publisher, link)
+    assert publisher.counters["orders_taken"] == 1
+    assert broker.retained[topic(Route.TRUST_TIMESTAMP)] != old
+    assert complete(broker)
+
+
+# An example writes to disk some hundred times: to shrink one takes minutes.
+@settings(
+    max_examples=12,
+    deadline=None,
+    phases=(Phase.generate,),
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    steps=st.lists(st.tuples(st.integers(1, 5), st.booleans(), st.integers(0, 12)), min_size=1, max_size=8),
+    budget_chunks=st.integers(3, 12),
+)
+def test_broker_never_holds_more_than_the_budget_and_one_release(keys, steps, budget_chunks):
+    """However fast orders come and however slowly the broker takes them; at the end within the budget."""
+    budget, most, broker = budget_chunks * CHUNK_BYTES, 5 * CHUNK_BYTES, Broker()
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+        store = ReleaseStore(Path(directory) / "store")
+        store.create(first_generation(keys, ["digits", "shuttle"], NOW))
+        link = Link(broker)
+        publisher = Publisher(link, store, keys, counters=Counter(), budget_bytes=budget, wall_clock=lambda: NOW)
+        publisher.start()
+        stack.callback(publisher.close)
+        publisher.on_connect()
+        now = 0.0
+        for seed, (chunks, has_plan, confirmed) in enumerate(steps):
+            _, spec = release(store, keys, seed, chunks=chunks)
+            if has_plan:
+                plan(store, keys, spec.release)
+            publisher.tick(now := now + 1.0)
+            for _ in range(min(confirmed, len(link.pending))):
+                link.confirm()
+                assert held_bytes(broker) <= budget + most + METADATA_BYTES
+        for _ in range(2 * len(steps) + 2):  # every order may wait for a clearing
+            while link.pending:
+                link.confirm()
+                assert held_bytes(broker) <= budget + most + METADATA_BYTES
+            publisher.tick(now := now + 1.0)
+        assert publisher.settled
+        assert publisher.retained()["retained_bytes"] == held_bytes(broker)
+        assert held_bytes(broker) <= budget + METADATA_BYTES

@@ -31,6 +31,7 @@ from shoal.v1.sensor_pb2 import Scalars, SensorData
 
 PATIENCE_S = 30.0
 SERVICES = ("ingest", "trainer", "publisher")
+BUDGET_BYTES = 1 << 20
 
 
 @pytest.fixture
@@ -50,6 +51,7 @@ def test_file_needs_little_and_the_rest_has_defaults(write, tmp_path):
     """Two keys are enough; everything on disk is below one directory."""
     settings = load_config(write(), CloudSettings)
     assert settings == CloudSettings(str(tmp_path / "data"), [ModelSettings("digits")])
+    assert settings.retained_budget_bytes == 256 << 20
     assert settings.model("digits") == ModelSettings("digits", 200, 0, ["*"])
     assert settings.model("shuttle") is None
     paths = (settings.samples_path, settings.releases_dir, settings.keys_dir, settings.builds_dir)
@@ -70,6 +72,7 @@ def test_file_needs_little_and_the_rest_has_defaults(write, tmp_path):
         ({"seed": "seven"}, r"\$\.seed"),
         ({"train_threads": 0}, r"\$\.train_threads"),
         ({"parallel_builds": 0}, r"\$\.parallel_builds"),
+        ({"retained_budget_bytes": 0}, r"\$\.retained_budget_bytes"),
         ({"state_interval_s": 0.0}, r"\$\.state_interval_s"),
         ({"state_interval_s": 601.0}, r"\$\.state_interval_s"),
         ({"models": [{}]}, "name"),
@@ -175,7 +178,7 @@ class Watcher:
 @pytest.fixture
 def started(write, mosquitto):
     """All three services as processes, on stores that `init` made, with no model to train."""
-    path = write(models=[], broker={"url": mosquitto.url})
+    path = write(models=[], broker={"url": mosquitto.url}, retained_budget_bytes=BUDGET_BYTES)
     settings = load_config(path, CloudSettings)
     services.init(settings)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SHOAL_")}
@@ -212,6 +215,8 @@ def test_services_serve_and_end_when_they_are_told_to(started, mosquitto):
         assert {name: state.role for name, state in watcher.states.items() if name in SERVICES} == {
             name: name for name in SERVICES
         }
+        counters = watcher.states["publisher"].counters
+        assert 0 < counters["retained_bytes"] < counters["retained_budget_bytes"] == BUDGET_BYTES
     for process in processes.values():
         _, errors = process.communicate(timeout=PATIENCE_S)
         assert (process.returncode, "Traceback" in errors) == (0, False), errors

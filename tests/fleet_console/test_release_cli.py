@@ -15,11 +15,12 @@ from paho.mqtt.enums import CallbackAPIVersion
 from typer.testing import CliRunner
 
 from cloud.keys import FileKeyStore
-from cloud.publisher import Publisher, live_set
+from cloud.publisher import Publisher
 from cloud.release_store import ReleaseStore
+from cloud.retained import live_set
 from fleet_console.broker import free_port, start_broker
 from fleet_console.cli import app
-from fleet_console.models import read_listing
+from fleet_console.models import Room, read_listing
 from shoal.codec import encode
 from shoal.errors import ConfigError, ModelError, TrustError
 from shoal.release.chunks import digest
@@ -194,6 +195,33 @@ def test_listing_names_the_keys_that_signed(released, config):
     assert before.signed_by != after.signed_by
 
 
+@pytest.mark.parametrize(
+    ("state", "room"),
+    [
+        (NodeState(counters={"retained_bytes": 7, "retained_budget_bytes": 9}).SerializeToString(), Room(7, 9)),
+        (NodeState(counters={"connects": 1}).SerializeToString(), None),
+        (b"\xff", None),
+        (None, None),
+    ],
+)
+def test_listing_says_how_much_room_is_left(released, state, room):
+    """As the publisher says it; a publisher that says nothing, or nonsense, hides no release."""
+    reader = Retained(released)
+    if state is not None:
+        reader.messages[topic(Route.CLOUD_STATE, service="publisher")] = state
+    listing = read_listing(reader, None)
+    assert listing.room == room
+    assert len(listing.models) == 1
+
+
+def test_release_without_room_is_refused_where_it_is_published(released, config, tmp_path):
+    """The operator reads the three numbers; nothing is queued."""
+    config.write_text(f"retained_budget_bytes = 1000\n{config.read_text()}")
+    with pytest.raises(ModelError, match=r"release 2 of 'valve': \d+ bytes would be retained, \d+ are, .* 1000 "):
+        run("release", "publish", "--model", "valve", dense(tmp_path / "n.onnx", 6), "--config", config)
+    assert not released.orders()
+
+
 def test_listing_does_not_believe_another_root(released, tmp_path):
     """With the nodes' root the broker's own chain counts for nothing."""
     path = tmp_path / "other.toml"
@@ -243,7 +271,10 @@ def filled(directory, retained):
 def filled_broker(tmp_path, released):
     """With a release and one node's state."""
     states = {"gw-1": state_of("valve", 1, artefact_digest(released))}
-    with filled(tmp_path / "broker", Retained(released, states)) as running:
+    retained = Retained(released, states)
+    room = NodeState(counters={"retained_bytes": 1234, "retained_budget_bytes": 5678})
+    retained.messages[topic(Route.CLOUD_STATE, service="publisher")] = encode(room)
+    with filled(tmp_path / "broker", retained) as running:
         yield running
 
 
@@ -258,6 +289,7 @@ def test_models_lists_a_running_broker(filled_broker, root):
     assert row["sha256"][:12] in text
     assert row["signed_by"][0][:12] in text
     assert "gw-1 (confirmed)" in text
+    assert "Retained: 1234 of at most 5678 bytes" in text
     assert "give --root" in text
 
 

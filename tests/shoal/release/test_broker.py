@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cloud.publisher import Publisher
+from cloud.retained import RETAINED_BUDGET_BYTES
 from shoal.link import Link
 from shoal.link_config import node_identity, parse_broker_url, service_identity
 from shoal.loop import Loop
@@ -106,11 +107,19 @@ def connect(mosquitto, loop):
 
 
 @pytest.fixture
-def serve(connect, loop, cloud):
+def budget_bytes():
+    return RETAINED_BUDGET_BYTES
+
+
+@pytest.fixture
+def serve(connect, loop, cloud, budget_bytes):
     """Let the fixture's cloud publish over the real broker."""
     cloud.publisher.close()
     link = connect(service_identity("publisher"))
-    cloud.publisher = Publisher(link, cloud.store, cloud.keys, counters=Counter(), wall_clock=lambda: cloud.now)
+    cloud.publisher = Publisher(
+        link, cloud.store, cloud.keys,
+        counters=Counter(), budget_bytes=budget_bytes, wall_clock=lambda: cloud.now,
+    )  # fmt: skip
     cloud.publisher.start()
     link.on_connect(cloud.publisher.on_connect)
     link.attach(loop)
@@ -206,3 +215,20 @@ def test_new_node_converges_when_the_cloud_is_gone_and_the_broker_was_restarted(
     node = make_broker_node("late")
     run_until(loop, lambda: node.active == [(1, data)])
     assert node.client.state()[0].release == 1
+
+
+@pytest.mark.parametrize("budget_bytes", [20 * CHUNK_BYTES])
+def test_release_without_room_leaves_the_field_as_it_is(cloud, serve, make_broker_node, loop):
+    """Refused with nothing published: nodes keep what they run, and the next release that has room reaches them."""
+    small, large, next_small = (random.Random(n).randbytes(size * CHUNK_BYTES) for n, size in enumerate((4, 40, 5)))
+    node = make_broker_node("cam-1")
+    cloud.release(small)
+    cloud.plan(1)
+    run_until(loop, lambda: node.active == [(1, small)] and cloud.publisher.settled)
+    before, sent = cloud.store.load(), serve.counters["messages_sent"]
+    cloud.release(large, parent=1)
+    run_until(loop, lambda: cloud.publisher.counters["orders_over_budget"] == 1)
+    assert (cloud.store.load(), serve.counters["messages_sent"], cloud.store.orders()) == (before, sent, [])
+    cloud.release(next_small, parent=1)
+    cloud.plan(2)
+    run_until(loop, lambda: node.active == [(1, small), (2, next_small)])
