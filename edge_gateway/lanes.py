@@ -93,6 +93,7 @@ class Lanes:
         self._counters = counters
         self._wake = wake
         self._cache = AnswerCache(config.cache, counters)
+        self._known: list[Settled] = []
         self._lanes = {
             model: _Lane(
                 Batcher(config.max_batch_size, config.max_delay_s, config.max_waiting, config.max_waiting_per_device)
@@ -129,14 +130,21 @@ class Lanes:
         elif not lane.batcher.has_room(opened.device, opened.unanswered):
             opened.refuse_all(pb.STATUS_RESOURCE_EXHAUSTED, f"{len(lane.batcher)} rows wait already", "rows")
         else:
-            for row in parse_rows(opened, request, lane.served.values, size_bytes=size_bytes):
+            served = lane.served
+            # Before they wait, so that what is known needs no place in a batch.
+            hits, misses = self._cache.split(
+                served.digest, parse_rows(opened, request, served.values, size_bytes=size_bytes)
+            )
+            self._known += [(row, served, scored) for row, scored in hits]
+            for row in misses:
                 lane.batcher.add(opened.device, row, opened.arrived, replay=request.replay)
 
     def run(self, now: float) -> Iterator[list[Settled]]:
-        """Run every batch that may leave now; yields what each has answered, first what workers have finished."""
-        yield self._finished()
+        """Run every batch that may leave now; yields what is answered: first from the cache and by workers since."""
+        known, self._known = self._known, []
+        yield known + self._finished()
         for lane in self._lanes.values():
-            while not (lane.is_slow and lane.running >= self._config.workers):
+            while self._is_free(lane):
                 batch = lane.batcher.take(now, drained=True)
                 if batch is None:
                     break
@@ -146,7 +154,7 @@ class Lanes:
 
     def due_at(self) -> float | None:
         """When `run` has something to do though no socket says so."""
-        dues = [lane.batcher.due_at() for lane in self._lanes.values() if not lane.is_slow or not lane.running]
+        dues = [lane.batcher.due_at() for lane in self._lanes.values() if self._is_free(lane)]
         return min((due for due in dues if due is not None), default=None)
 
     def unserved(self) -> list[str]:
@@ -157,6 +165,9 @@ class Lanes:
         """End the workers; what they have not finished is asked again."""
         self._workers.shutdown(cancel_futures=True)
 
+    def _is_free(self, lane: _Lane) -> bool:
+        return not lane.is_slow or lane.running < self._config.workers
+
     def _start(self, lane: _Lane, rows: list[Row], now: float) -> list[Settled]:
         served = lane.served
         if served is None:
@@ -164,17 +175,15 @@ class Lanes:
                 row.request.refuse(row.place, pb.STATUS_NOT_FOUND, _not_served(row.request.model), "model")
             return []
         rows = [row for row in rows if not self._is_settled(row, served, now)]
-        hits, misses = self._cache.lookup(served.digest, rows)
-        settled: list[Settled] = [(row, served, scored) for row, scored in hits]
-        if not misses:
-            return settled
-        self.histograms.batch_rows.observe(len(misses))
-        job = Job(served, misses)
+        if not rows:
+            return []
+        self.histograms.batch_rows.observe(len(rows))
+        job = Job(served, rows)
         if lane.is_slow:
             lane.running += 1
             self._workers.submit(_timed, job).add_done_callback(lambda future: self._hand_back(lane, job, future))
-            return settled
-        return settled + self._finish(job, _timed(job))
+            return []
+        return self._finish(job, _timed(job))
 
     def _hand_back(self, lane: _Lane, job: Job, future: "Future[float]") -> None:
         if not future.cancelled():

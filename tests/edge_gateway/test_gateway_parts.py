@@ -116,7 +116,7 @@ def one_row(data=b"input", **fields):
 
 
 def look(cache, digest, *rows):
-    hits, misses = cache.lookup(digest, [*rows])
+    hits, misses = cache.split(digest, [*rows])
     return [scored for _, scored in hits], misses
 
 
@@ -135,7 +135,7 @@ def test_cache_knows_model_and_input():
 
 def test_cache_is_bounded_in_bytes():
     """The least recently used go first; what is larger than all of it is not kept."""
-    cache = AnswerCache(CacheConfig(max_bytes=1500), Counter())
+    cache = AnswerCache(CacheConfig(max_bytes=2400), Counter())
     rows = {name: one_row(name * 100) for name in (b"a", b"b", b"c", b"d")}
     for name in (b"a", b"b", b"c"):
         cache.put(b"m", rows[name], Scored(0.0, None))
@@ -146,6 +146,31 @@ def test_cache_is_bounded_in_bytes():
     large = one_row(b"e" * 2000)
     cache.put(b"m", large, Scored(0.0, None))
     assert not look(cache, b"m", large)[0]
+
+
+def test_cache_compares_more_than_it_looks_at():
+    """A large input with the sample of another is never taken for it; the last one keeps their place, and its size."""
+    cache = AnswerCache(CacheConfig(max_bytes=12_000), Counter())
+    first, other, third = (one_row(bytes([0, mark]) + b"x" * 4998) for mark in (1, 2, 3))
+    cache.put(b"m", first, Scored(0.1, 1))
+    assert look(cache, b"m", other) == ([], [other])
+    for asking in (other, third, other):
+        cache.put(b"m", asking, Scored(0.2, 2))
+    assert look(cache, b"m", first, other) == ([Scored(0.2, 2)], [first])
+    another = one_row(b"y" * 5000)
+    cache.put(b"m", another, Scored(0.3, 3))
+    assert look(cache, b"m", other, another)[1] == []
+
+
+@pytest.mark.parametrize("dtype", ["<f4", "<i2"])
+def test_cache_looks_at_every_byte_of_a_value(dtype):
+    """Whole numbers as floats have zeros for their low bytes: inputs of nothing else would share one place."""
+    cache = AnswerCache(CacheConfig(), Counter())
+    rng = np.random.default_rng(1)
+    rows = [one_row(rng.integers(0, 256, 3072).astype(dtype).tobytes()) for _ in range(20)]
+    for asking in rows:
+        cache.put(b"m", asking, Scored(0.5, 3))
+    assert look(cache, b"m", *rows)[1] == []
 
 
 def test_cache_steps_aside_where_it_does_not_pay():

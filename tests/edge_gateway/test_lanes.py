@@ -207,6 +207,32 @@ def test_equal_inputs_run_once(bench):
     assert gateway.counters["cache.hits"] == 1
 
 
+def test_known_input_neither_waits_nor_takes_a_place(bench):
+    """It is answered before its company has come."""
+    gateway, runtime = bench(cache=CacheConfig(), max_batch_size=2, max_delay_s=5.0), Runtime()
+    gateway.serve(runtime)
+    gateway.ask("a", 1, 2)
+    gateway.run()
+    gateway.ask("b", 1)
+    gateway.ask("c", 3)
+    assert gateway.run() == [("b", 1, 1)]
+    assert runtime.calls == [2]
+
+
+def test_rows_that_wait_for_company_are_not_forgotten_beside_a_busy_worker(bench):
+    """A free worker takes them when they have waited long enough; the loop must be told when that is."""
+    gateway, runtime = bench(max_batch_size=2, max_delay_s=5.0), Runtime()
+    gateway.serve(runtime, slow=True)
+    runtime.gate.clear()
+    gateway.ask("a", 1, 2)
+    gateway.run()
+    gateway.now = 1.0
+    gateway.ask("b", 3)
+    gateway.run()
+    assert gateway.lanes.due_at() == 6.0
+    runtime.gate.set()
+
+
 def test_time_and_size_are_measured(bench):
     """What the metrics show is what happened."""
     gateway = bench(max_delay_s=5.0)
