@@ -10,13 +10,14 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from device_agent.change import ChangeDetector
+from device_agent.inputs import InputMaker
 from device_agent.policy import Choice, PolicyConfig, UploadPolicy
 from device_agent.readings import AnsweredBy, Outcome, Reading
 from device_agent.runtime import load
@@ -81,6 +82,7 @@ class _ActiveModel:
     spec: ReleaseSpec
     artefact: Artefact
     runtime: Runtime
+    inputs: InputMaker
     scaler: Scaler
     watch: Watch
 
@@ -141,7 +143,7 @@ class Device:
         if artefact is None:
             raise ModelError(f"release {spec.release} of {model} has nothing for devices")
         watch = Watch(parse_baseline(artefact.baseline))
-        self._active = _ActiveModel(spec, artefact, load(path), Scaler(spec.input), watch)
+        self._active = _ActiveModel(spec, artefact, load(path), InputMaker(spec.input), Scaler(spec.input), watch)
         self._policy.forget_scores()
         self._reporter.soon()
 
@@ -162,10 +164,19 @@ class Device:
     # -- a reading ---------------------------------------------------------------------------------------------------
 
     def read(self, reading: Reading, now: float) -> Outcome:
-        """Take one reading; what it leads to is durable after the outbox's next commit."""
+        """Take one reading; what it leads to is durable after the outbox's next commit.
+
+        Where the release asks for windows, the reading that completes one stands for it.
+        """
         seq = self._next_seq()
-        audit = self._policy.is_audit(self._rng.random())
         self._count("produced")
+        values = reading.values if self._active is None else self._active.inputs.add(reading.values)
+        if values is None:
+            self._count("kept.gathered")
+            return self._tell(seq, reading, None, "kept.gathered")
+        if values is not reading.values:
+            reading = replace(reading, values=values)
+        audit = self._policy.is_audit(self._rng.random())
         if not self._change.update(reading.values) and not audit:
             self._count("kept.unchanged")
             return self._tell(seq, reading, None, "kept.unchanged")
@@ -177,6 +188,16 @@ class Device:
         else:
             self._count(choice.value)
         return self._tell(seq, reading, answer, choice.value)
+
+    def gap(self) -> None:
+        """What is read next does not follow what was read before: no window spans both."""
+        if self._active is not None:
+            self._active.inputs.reset()
+
+    def refuse(self) -> None:
+        """Account for what its source could not make a reading of."""
+        self._count("bad_readings")
+        self.gap()
 
     def _answer(self, values: NDArray[np.float32]) -> pb.Answer | None:
         if self._active is None:

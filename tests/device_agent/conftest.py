@@ -125,8 +125,8 @@ class Rig:
         else:
             self.outbox.close()
 
-    def activate(self, *, release=1, threshold=1.0, channels=1):
-        schema = InputSchema(shape=[channels], mean=[0.0], std=[1.0])
+    def activate(self, *, release=1, threshold=1.0, channels=1, **schema):
+        schema = InputSchema(**{"shape": [channels], "mean": [0.0], "std": [1.0], **schema})
         artefact = Artefact(tier=Tier.TIER_DEVICE, threshold=threshold)
         spec = ReleaseSpec(release=release, input=schema, score=SCORE_KIND_RECONSTRUCTION, artefacts=[artefact])
         self.device.activate(MODEL, spec, Path("model.tflite"))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from device_agent.policy import PolicyConfig
-from device_agent.readings import AnsweredBy
+from device_agent.readings import AnsweredBy, Reading
 from shoal.codec import EPOCH_BYTES
 from shoal.delivery.outbox import Limits
 from shoal.errors import LinkError, ModelError
@@ -10,7 +10,7 @@ from shoal.routes import Route
 from shoal.v1 import command_pb2
 from shoal.v1 import inference_pb2 as pb
 from shoal.v1.node_pb2 import ModelState
-from shoal.v1.release_pb2 import Artefact, ReleaseSpec, Tier
+from shoal.v1.release_pb2 import RESIZE_AREA, Artefact, ReleaseSpec, Tier
 from shoal.v1.sensor_pb2 import TIME_QUALITY_SUSPECT, TIME_QUALITY_SYNCED
 
 pytestmark = pytest.mark.device
@@ -403,3 +403,55 @@ def test_readings_keep_their_float32_values(rig):
     rig.read(*values)
     ((row,),) = [question.rows for question in rig.step()]
     assert np.array(row.reading.scalars.values, np.float32).tobytes() == values.tobytes()
+
+
+# -- what the release says of its input ----------------------------------------------------------------------------
+
+
+def test_window_is_asked_as_one_row_and_every_reading_is_accounted_for(make_rig, tmp_path):
+    """Pins windows from the release: scored and asked whole, named after the reading that completes them."""
+    rig = make_rig(tmp_path, policy=NO_AUDIT)
+    rig.link.connect()
+    rig.activate(shape=[3, 2], window=3, stride=2, threshold=5.0)
+    outcomes = [rig.read(at, -at, reference=f"row/{at}") for at in range(6)]
+    (question,) = rig.step()
+    (row,) = question.rows
+    assert list(row.reading.scalars.values) == [2, -2, 3, -3, 4, -4]
+    assert (row.reading.seq, row.reading.reference) == (outcomes[4].seq, "row/4")
+    assert row.device_answer.score == pytest.approx(29 / 3)
+    expected = ["gathered", "gathered", "below_threshold", "gathered", "score", "gathered"]
+    assert [outcome.reason.partition(".")[2] for outcome in outcomes] == expected
+    rig.check_ledger()
+
+
+@pytest.mark.parametrize("broken_by", ["gap", "refuse", "activate"])
+def test_no_window_spans_what_broke_the_series(make_rig, tmp_path, broken_by):
+    """Pins that a lost reading, a bad one or another release begins the window anew."""
+    rig = make_rig(tmp_path, policy=NO_AUDIT)
+    schema = {"shape": [2], "window": 2}
+    rig.activate(**schema)
+    rig.read(1.0)
+    if broken_by == "activate":
+        rig.activate(release=2, **schema)
+    else:
+        getattr(rig.device, broken_by)()
+    assert [rig.read(value).reason for value in (2.0, 3.0)] == ["kept.gathered", "asked.score"]
+    assert rig.committed().get("bad_readings", 0) == (broken_by == "refuse")
+    rig.check_ledger()
+
+
+def test_release_that_contradicts_itself_is_refused_and_the_old_one_stays(rig):
+    """Pins that the schema is checked before the switch."""
+    rig.activate()
+    with pytest.raises(ModelError, match="3 values are not a window of 2"):
+        rig.activate(release=2, shape=[3], window=2)
+    assert rig.device.release == 1
+
+
+def test_picture_is_asked_in_the_size_of_the_release(rig):
+    """Pins that the gateway gets what the model gets, not what the camera saw."""
+    rig.activate(shape=[1, 2, 1], resize=RESIZE_AREA, threshold=0.0)
+    picture = np.array([[2, 4, 6, 8], [2, 4, 6, 8]], np.float32)[..., None]
+    rig.device.read(Reading(picture, 17), rig.now)
+    ((row,),) = [question.rows for question in rig.step()]
+    assert list(row.reading.scalars.values) == [3, 7]

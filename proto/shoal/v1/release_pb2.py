@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from shoal.v1 import tensor_pb2 as shoal_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16shoal/v1/release.proto\x12\x08shoal.v1\x1a\x15shoal/v1/tensor.proto\"7\n\x0bInputSchema\x12\r\n\x05shape\x18\x01 \x03(\r\x12\x0c\n\x04mean\x18\x02 \x03(\x02\x12\x0b\n\x03std\x18\x03 \x03(\x02\"g\n\rGoldenVectors\x12 \n\x06inputs\x18\x01 \x01(\x0b\x32\x10.shoal.v1.Tensor\x12!\n\x07outputs\x18\x02 \x01(\x0b\x32\x10.shoal.v1.Tensor\x12\x11\n\ttolerance\x18\x03 \x01(\x02\"\x91\x01\n\x08\x42\x61seline\x12\x11\n\tscore_ppm\x18\x01 \x03(\r\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\x1a\n\rmax_error_ppm\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x1f\n\x12max_divergence_ppm\x18\x04 \x01(\rH\x01\x88\x01\x01\x42\x10\n\x0e_max_error_ppmB\x15\n\x13_max_divergence_ppm\"\x98\x02\n\x08\x41rtefact\x12\x1c\n\x04tier\x18\x01 \x01(\x0e\x32\x0e.shoal.v1.Tier\x12%\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x15.shoal.v1.ModelFormat\x12\x0c\n\x04int8\x18\x03 \x01(\x08\x12\x0c\n\x04path\x18\x04 \x01(\t\x12\x0e\n\x06sha256\x18\x05 \x01(\x0c\x12\x14\n\x0clength_bytes\x18\x06 \x01(\x04\x12\x0e\n\x06\x63hunks\x18\x07 \x03(\x0c\x12\x13\n\x0b\x63hunk_bytes\x18\x08 \x01(\r\x12\'\n\x06golden\x18\t \x01(\x0b\x32\x17.shoal.v1.GoldenVectors\x12\x11\n\tthreshold\x18\n \x01(\x02\x12$\n\x08\x62\x61seline\x18\x0b \x01(\x0b\x32\x12.shoal.v1.Baseline\"\xb4\x02\n\x0bReleaseSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07release\x18\x02 \x01(\r\x12\x0e\n\x06parent\x18\x03 \x01(\r\x12\x15\n\rcreated_at_us\x18\x04 \x01(\x03\x12$\n\x05input\x18\x05 \x01(\x0b\x32\x15.shoal.v1.InputSchema\x12\"\n\x05score\x18\x06 \x01(\x0e\x32\x13.shoal.v1.ScoreKind\x12%\n\tartefacts\x18\x07 \x03(\x0b\x32\x12.shoal.v1.Artefact\x12:\n\x0bmetrics_ppm\x18\x08 \x03(\x0b\x32%.shoal.v1.ReleaseSpec.MetricsPpmEntry\x1a\x31\n\x0fMetricsPpmEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"}\n\x0bRolloutPlan\x12\x12\n\nrollout_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07release\x18\x03 \x01(\r\x12\x11\n\tspec_path\x18\x04 \x01(\t\x12\x0f\n\x07targets\x18\x05 \x03(\t\x12\x16\n\x0eshare_permille\x18\x06 \x01(\r\"Q\n\x0b\x42undleEntry\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x14\n\x0clength_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06\x63hunks\x18\x04 \x03(\x0c\"5\n\x0bTrustBundle\x12&\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x15.shoal.v1.BundleEntry*?\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0f\n\x0bTIER_DEVICE\x10\x01\x12\x10\n\x0cTIER_GATEWAY\x10\x02*[\n\x0bModelFormat\x12\x1c\n\x18MODEL_FORMAT_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_FORMAT_TFLITE\x10\x01\x12\x15\n\x11MODEL_FORMAT_ONNX\x10\x02*b\n\tScoreKind\x12\x1a\n\x16SCORE_KIND_UNSPECIFIED\x10\x00\x12\x1d\n\x19SCORE_KIND_RECONSTRUCTION\x10\x01\x12\x1a\n\x16SCORE_KIND_UNCERTAINTY\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16shoal/v1/release.proto\x12\x08shoal.v1\x1a\x15shoal/v1/tensor.proto\"y\n\x0bInputSchema\x12\r\n\x05shape\x18\x01 \x03(\r\x12\x0c\n\x04mean\x18\x02 \x03(\x02\x12\x0b\n\x03std\x18\x03 \x03(\x02\x12\x0e\n\x06window\x18\x04 \x01(\r\x12\x0e\n\x06stride\x18\x05 \x01(\r\x12 \n\x06resize\x18\x06 \x01(\x0e\x32\x10.shoal.v1.Resize\"g\n\rGoldenVectors\x12 \n\x06inputs\x18\x01 \x01(\x0b\x32\x10.shoal.v1.Tensor\x12!\n\x07outputs\x18\x02 \x01(\x0b\x32\x10.shoal.v1.Tensor\x12\x11\n\ttolerance\x18\x03 \x01(\x02\"\x91\x01\n\x08\x42\x61seline\x12\x11\n\tscore_ppm\x18\x01 \x03(\r\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\x1a\n\rmax_error_ppm\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x1f\n\x12max_divergence_ppm\x18\x04 \x01(\rH\x01\x88\x01\x01\x42\x10\n\x0e_max_error_ppmB\x15\n\x13_max_divergence_ppm\"\x98\x02\n\x08\x41rtefact\x12\x1c\n\x04tier\x18\x01 \x01(\x0e\x32\x0e.shoal.v1.Tier\x12%\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x15.shoal.v1.ModelFormat\x12\x0c\n\x04int8\x18\x03 \x01(\x08\x12\x0c\n\x04path\x18\x04 \x01(\t\x12\x0e\n\x06sha256\x18\x05 \x01(\x0c\x12\x14\n\x0clength_bytes\x18\x06 \x01(\x04\x12\x0e\n\x06\x63hunks\x18\x07 \x03(\x0c\x12\x13\n\x0b\x63hunk_bytes\x18\x08 \x01(\r\x12\'\n\x06golden\x18\t \x01(\x0b\x32\x17.shoal.v1.GoldenVectors\x12\x11\n\tthreshold\x18\n \x01(\x02\x12$\n\x08\x62\x61seline\x18\x0b \x01(\x0b\x32\x12.shoal.v1.Baseline\"\xb4\x02\n\x0bReleaseSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07release\x18\x02 \x01(\r\x12\x0e\n\x06parent\x18\x03 \x01(\r\x12\x15\n\rcreated_at_us\x18\x04 \x01(\x03\x12$\n\x05input\x18\x05 \x01(\x0b\x32\x15.shoal.v1.InputSchema\x12\"\n\x05score\x18\x06 \x01(\x0e\x32\x13.shoal.v1.ScoreKind\x12%\n\tartefacts\x18\x07 \x03(\x0b\x32\x12.shoal.v1.Artefact\x12:\n\x0bmetrics_ppm\x18\x08 \x03(\x0b\x32%.shoal.v1.ReleaseSpec.MetricsPpmEntry\x1a\x31\n\x0fMetricsPpmEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"}\n\x0bRolloutPlan\x12\x12\n\nrollout_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07release\x18\x03 \x01(\r\x12\x11\n\tspec_path\x18\x04 \x01(\t\x12\x0f\n\x07targets\x18\x05 \x03(\t\x12\x16\n\x0eshare_permille\x18\x06 \x01(\r\"Q\n\x0b\x42undleEntry\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x14\n\x0clength_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06\x63hunks\x18\x04 \x03(\x0c\"5\n\x0bTrustBundle\x12&\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x15.shoal.v1.BundleEntry*?\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0f\n\x0bTIER_DEVICE\x10\x01\x12\x10\n\x0cTIER_GATEWAY\x10\x02*[\n\x0bModelFormat\x12\x1c\n\x18MODEL_FORMAT_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_FORMAT_TFLITE\x10\x01\x12\x15\n\x11MODEL_FORMAT_ONNX\x10\x02*b\n\tScoreKind\x12\x1a\n\x16SCORE_KIND_UNSPECIFIED\x10\x00\x12\x1d\n\x19SCORE_KIND_RECONSTRUCTION\x10\x01\x12\x1a\n\x16SCORE_KIND_UNCERTAINTY\x10\x02*E\n\x06Resize\x12\x16\n\x12RESIZE_UNSPECIFIED\x10\x00\x12\x12\n\x0eRESIZE_NEAREST\x10\x01\x12\x0f\n\x0bRESIZE_AREA\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,28 +34,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RELEASESPEC_METRICSPPMENTRY']._loaded_options = None
   _globals['_RELEASESPEC_METRICSPPMENTRY']._serialized_options = b'8\001'
-  _globals['_TIER']._serialized_start=1228
-  _globals['_TIER']._serialized_end=1291
-  _globals['_MODELFORMAT']._serialized_start=1293
-  _globals['_MODELFORMAT']._serialized_end=1384
-  _globals['_SCOREKIND']._serialized_start=1386
-  _globals['_SCOREKIND']._serialized_end=1484
+  _globals['_TIER']._serialized_start=1294
+  _globals['_TIER']._serialized_end=1357
+  _globals['_MODELFORMAT']._serialized_start=1359
+  _globals['_MODELFORMAT']._serialized_end=1450
+  _globals['_SCOREKIND']._serialized_start=1452
+  _globals['_SCOREKIND']._serialized_end=1550
+  _globals['_RESIZE']._serialized_start=1552
+  _globals['_RESIZE']._serialized_end=1621
   _globals['_INPUTSCHEMA']._serialized_start=59
-  _globals['_INPUTSCHEMA']._serialized_end=114
-  _globals['_GOLDENVECTORS']._serialized_start=116
-  _globals['_GOLDENVECTORS']._serialized_end=219
-  _globals['_BASELINE']._serialized_start=222
-  _globals['_BASELINE']._serialized_end=367
-  _globals['_ARTEFACT']._serialized_start=370
-  _globals['_ARTEFACT']._serialized_end=650
-  _globals['_RELEASESPEC']._serialized_start=653
-  _globals['_RELEASESPEC']._serialized_end=961
-  _globals['_RELEASESPEC_METRICSPPMENTRY']._serialized_start=912
-  _globals['_RELEASESPEC_METRICSPPMENTRY']._serialized_end=961
-  _globals['_ROLLOUTPLAN']._serialized_start=963
-  _globals['_ROLLOUTPLAN']._serialized_end=1088
-  _globals['_BUNDLEENTRY']._serialized_start=1090
-  _globals['_BUNDLEENTRY']._serialized_end=1171
-  _globals['_TRUSTBUNDLE']._serialized_start=1173
-  _globals['_TRUSTBUNDLE']._serialized_end=1226
+  _globals['_INPUTSCHEMA']._serialized_end=180
+  _globals['_GOLDENVECTORS']._serialized_start=182
+  _globals['_GOLDENVECTORS']._serialized_end=285
+  _globals['_BASELINE']._serialized_start=288
+  _globals['_BASELINE']._serialized_end=433
+  _globals['_ARTEFACT']._serialized_start=436
+  _globals['_ARTEFACT']._serialized_end=716
+  _globals['_RELEASESPEC']._serialized_start=719
+  _globals['_RELEASESPEC']._serialized_end=1027
+  _globals['_RELEASESPEC_METRICSPPMENTRY']._serialized_start=978
+  _globals['_RELEASESPEC_METRICSPPMENTRY']._serialized_end=1027
+  _globals['_ROLLOUTPLAN']._serialized_start=1029
+  _globals['_ROLLOUTPLAN']._serialized_end=1154
+  _globals['_BUNDLEENTRY']._serialized_start=1156
+  _globals['_BUNDLEENTRY']._serialized_end=1237
+  _globals['_TRUSTBUNDLE']._serialized_start=1239
+  _globals['_TRUSTBUNDLE']._serialized_end=1292
 # @@protoc_insertion_point(module_scope)

@@ -25,6 +25,12 @@ class ScoreKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SCORE_KIND_UNSPECIFIED: _ClassVar[ScoreKind]
     SCORE_KIND_RECONSTRUCTION: _ClassVar[ScoreKind]
     SCORE_KIND_UNCERTAINTY: _ClassVar[ScoreKind]
+
+class Resize(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RESIZE_UNSPECIFIED: _ClassVar[Resize]
+    RESIZE_NEAREST: _ClassVar[Resize]
+    RESIZE_AREA: _ClassVar[Resize]
 TIER_UNSPECIFIED: Tier
 TIER_DEVICE: Tier
 TIER_GATEWAY: Tier
@@ -34,16 +40,25 @@ MODEL_FORMAT_ONNX: ModelFormat
 SCORE_KIND_UNSPECIFIED: ScoreKind
 SCORE_KIND_RECONSTRUCTION: ScoreKind
 SCORE_KIND_UNCERTAINTY: ScoreKind
+RESIZE_UNSPECIFIED: Resize
+RESIZE_NEAREST: Resize
+RESIZE_AREA: Resize
 
 class InputSchema(_message.Message):
-    __slots__ = ("shape", "mean", "std")
+    __slots__ = ("shape", "mean", "std", "window", "stride", "resize")
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     MEAN_FIELD_NUMBER: _ClassVar[int]
     STD_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    STRIDE_FIELD_NUMBER: _ClassVar[int]
+    RESIZE_FIELD_NUMBER: _ClassVar[int]
     shape: _containers.RepeatedScalarFieldContainer[int]
     mean: _containers.RepeatedScalarFieldContainer[float]
     std: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, shape: _Optional[_Iterable[int]] = ..., mean: _Optional[_Iterable[float]] = ..., std: _Optional[_Iterable[float]] = ...) -> None: ...
+    window: int
+    stride: int
+    resize: Resize
+    def __init__(self, shape: _Optional[_Iterable[int]] = ..., mean: _Optional[_Iterable[float]] = ..., std: _Optional[_Iterable[float]] = ..., window: _Optional[int] = ..., stride: _Optional[int] = ..., resize: _Optional[_Union[Resize, str]] = ...) -> None: ...
 
 class GoldenVectors(_message.Message):
     __slots__ = ("inputs", "outputs", "tolerance")
