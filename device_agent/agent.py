@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
@@ -12,15 +12,17 @@ from msgspec import Meta
 
 from device_agent.device import Device, DeviceConfig
 from device_agent.policy import PolicyConfig
-from device_agent.readings import Reading
+from device_agent.readings import Outcome, Reading
 from device_agent.runtime import runtime_name
-from device_agent.sources import CsvSource, Source
+from device_agent.sources.call import CallSource, Sensor
+from device_agent.sources.feed import Source
+from device_agent.sources.settings import SourceSettings, make_source
 from shoal.config import BrokerSettings, link_config
 from shoal.delivery.outbox import Limits, Outbox
 from shoal.errors import ConfigError, PayloadError
 from shoal.ids import parse_id
 from shoal.link import Link
-from shoal.link_config import Identity, node_identity
+from shoal.link_config import Identity, LinkConfig, node_identity
 from shoal.loop import Loop
 from shoal.release.client import UpdateClient
 from shoal.release.offer import NodeModel
@@ -40,14 +42,6 @@ _Positive = Annotated[float, Meta(gt=0)]
 _Count = Annotated[int, Meta(gt=0)]
 
 
-class CsvSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The `[source]` table: a CSV file to replay."""
-
-    path: str
-    columns: Annotated[list[str], Meta(min_length=1)]
-    rate_hz: _Positive = 1.0
-
-
 class AgentSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The agent's TOML file; see docs/devices.md."""
 
@@ -56,7 +50,7 @@ class AgentSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str
     data_dir: str
     trusted_root: str
-    source: CsvSettings
+    source: SourceSettings | None = None
     broker: BrokerSettings = msgspec.field(default_factory=BrokerSettings)
     change_threshold: Annotated[float, Meta(ge=0)] = 0.0
     change_adapt: _Share = 0.0
@@ -84,71 +78,120 @@ class AgentSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
 
 
-class _Pump:
-    """Reads the source at its rate, commits, sends."""
+class _Intake:
+    """The feed of the agent's source: readings to the device, bad input to its counters and, now and then, the log."""
 
-    def __init__(self, device: Device, outbox: Outbox, source: Source) -> None:
+    def __init__(self, device: Device, loop: Loop) -> None:
         self._device = device
-        self._outbox = outbox
-        self._readings: Iterator[Reading] = iter(source)
+        self._refused = 0
+        self.loop = loop
         self.is_dry = False
 
-    def read(self, now: float) -> None:
-        reading = None if self.is_dry else next(self._readings, None)
-        if reading is None:
-            self.is_dry = True
-        else:
-            self._device.read(reading, now)
+    def take(self, reading: Reading) -> None:
+        self._device.read(reading, self.loop.clock())
 
-    def tick(self, now: float) -> None:
-        self._outbox.commit()
-        self._device.tick(now)
+    def refuse(self, error: PayloadError) -> None:
+        self._device.refuse()
+        self._refused += 1
+        if not self._refused & (self._refused - 1):  # a sensor that is broken for good must not fill the disk
+            log.warning("bad input refused=%d last: %s", self._refused, error)
+
+    def gap(self) -> None:
+        self._device.gap()
+
+    def end(self) -> None:
+        self.is_dry = True
+
+
+class Agent:
+    """One device as a process, or part of an application's.
+
+    Args:
+        settings: see docs/devices.md.
+        source: where readings come from: a `Source`, or a function to call `rate_hz` times a second; by default the
+            settings' own.
+        rate_hz: for a function.
+        on_outcome: hears what became of each reading.
+    """
+
+    def __init__(
+        self,
+        settings: AgentSettings,
+        source: Source | Sensor | None = None,
+        *,
+        rate_hz: float = 1.0,
+        on_outcome: Callable[[Outcome], None] = lambda _: None,
+    ) -> None:
+        self._settings = settings
+        self._source = CallSource(source, rate_hz) if callable(source) else source
+        self._on_outcome = on_outcome
+
+    def run(self, *, until_dry: bool = False) -> None:
+        """Serve until SIGINT or SIGTERM, or with `until_dry` until the source has ended and all is answered.
+
+        Raises:
+            ConfigError: a file that the settings name is missing or unusable, or a name is not an id.
+        """
+        settings = self._settings
+        identity = _identity(settings)
+        root = _read_root(settings)
+        directory = _make_directory(settings)
+        rng = random.SystemRandom()
+        broker = link_config(settings.broker, session_expiry_s=_SESSION_EXPIRY_S)
+        source = self._source or _own_source(settings, broker, rng)
+        # Whatever ends the agent, what it has read is committed.
+        with ExitStack() as closing:
+            loop = Loop()
+            closing.callback(loop.close)
+            link = Link(broker, identity)
+            closing.callback(link.close)
+            outbox = Outbox(directory / "outbox.sqlite", Limits(settings.outbox_items, settings.outbox_bytes))
+            closing.callback(outbox.close)
+            device = Device(
+                settings.device_config(), link, outbox, rng=rng, clock=loop.clock, on_outcome=self._on_outcome
+            )
+            updates = UpdateClient(
+                link,
+                TrustStore(directory / "trust", root),
+                directory / "models",
+                [NodeModel(settings.model, Tier.TIER_DEVICE, runtime_name(), settings.probation_s)],
+                node=settings.node,
+                self_test=ChildSelfTest("device_agent.runtime"),
+                activate=device.activate,
+                deactivate=device.deactivate,
+                find_watch=device.watch,
+                rng=rng,
+                counters=link.counters,
+            )
+            closing.callback(updates.close)
+            device.model_states = updates.state
+            device.clock_suspect = lambda: updates.clock_suspect
+            updates.start()
+            link.attach(loop)
+            loop.call_every(_TICK_S, updates.tick)
+            intake = _Intake(device, loop)
+            closing.callback(source.close)
+            source.start(intake)
+
+            def tick(now: float) -> None:
+                outbox.commit()
+                device.tick(now)
+
+            loop.call_every(_TICK_S, tick)
+            with loop.stopping_on_signals():
+                loop.run(until=lambda: until_dry and intake.is_dry and not outbox.in_flight and not outbox.is_dirty)
+            updates.excuse_start()
 
 
 def run(settings: AgentSettings, *, until_dry: bool = False) -> None:
-    """Serve until SIGINT or SIGTERM, or with `until_dry` until the source has ended and all is answered.
+    """Run an agent on its settings alone; see `Agent.run`."""
+    Agent(settings).run(until_dry=until_dry)
 
-    Raises:
-        ConfigError: a file that the settings name is missing or unusable, or a name is not an id.
-    """
-    identity = _identity(settings)
-    root = _read_root(settings)
-    directory = _make_directory(settings)
-    # Whatever ends the agent, what it has read is committed.
-    with ExitStack() as closing:
-        loop = Loop()
-        closing.callback(loop.close)
-        rng = random.SystemRandom()
-        link = Link(link_config(settings.broker, session_expiry_s=_SESSION_EXPIRY_S), identity)
-        closing.callback(link.close)
-        outbox = Outbox(directory / "outbox.sqlite", Limits(settings.outbox_items, settings.outbox_bytes))
-        closing.callback(outbox.close)
-        device = Device(settings.device_config(), link, outbox, rng=rng, clock=loop.clock)
-        updates = UpdateClient(
-            link,
-            TrustStore(directory / "trust", root),
-            directory / "models",
-            [NodeModel(settings.model, Tier.TIER_DEVICE, runtime_name(), settings.probation_s)],
-            node=settings.node,
-            self_test=ChildSelfTest("device_agent.runtime"),
-            activate=device.activate,
-            deactivate=device.deactivate,
-            find_watch=device.watch,
-            rng=rng,
-            counters=link.counters,
-        )
-        closing.callback(updates.close)
-        device.model_states = updates.state
-        device.clock_suspect = lambda: updates.clock_suspect
-        updates.start()
-        pump = _Pump(device, outbox, CsvSource(Path(settings.source.path), settings.source.columns))
-        link.attach(loop)
-        loop.call_every(_TICK_S, updates.tick)
-        loop.call_every(_TICK_S, pump.tick)
-        loop.call_every(1.0 / settings.source.rate_hz, pump.read)
-        with loop.stopping_on_signals():
-            loop.run(until=lambda: until_dry and pump.is_dry and not outbox.in_flight and not outbox.is_dirty)
-        updates.excuse_start()
+
+def _own_source(settings: AgentSettings, broker: LinkConfig, rng: random.Random) -> Source:
+    if settings.source is None:
+        raise ConfigError("no readings: the settings have no [source], and the application gives none")
+    return make_source(settings.source, node=settings.node, broker=broker, rng=rng)
 
 
 def _identity(settings: AgentSettings) -> Identity:

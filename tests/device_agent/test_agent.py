@@ -1,17 +1,22 @@
 """The agent as a process, and what its settings refuse."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager
 
 import pytest
+from paho.mqtt.client import Client
+from paho.mqtt.enums import CallbackAPIVersion
 
-from device_agent.agent import AgentSettings
+from device_agent.agent import Agent, AgentSettings
 from device_agent.agent import run as run_agent
+from device_agent.readings import AnsweredBy
 from shoal.config import load_config
 from shoal.delivery.outbox import Outbox
 from shoal.errors import ConfigError
@@ -96,7 +101,10 @@ def config(broker, request, tmp_path):
     (tmp_path / "readings.csv").write_text("a,b\n" + "".join(f"{row},{row / 2}\n" for row in range(ROWS)))
     (tmp_path / "root.json").write_text("{}")
 
-    def write(*, path=tmp_path / "readings.csv", columns=("b", "a"), rate_hz=50.0, extra="", **changed):
+    def write(*, source=None, extra="", **changed):
+        table = {"kind": "csv", "path": str(tmp_path / "readings.csv"), "columns": ["b", "a"], "rate_hz": 50.0}
+        if source is not None:
+            table = source if "kind" in source else table | source
         keys = {
             "site": site_of(request),
             "node": "dev-1",
@@ -108,8 +116,8 @@ def config(broker, request, tmp_path):
         }
         # Quoted as Python has it is quoted as TOML has it.
         lines = [f"{key} = {value!r}" for key, value in keys.items() if value is not None]
-        lines += [extra, "[broker]", f"url = {broker.url!r}"]
-        lines += ["[source]", f"path = {str(path)!r}", f"columns = {list(columns)!r}", f"rate_hz = {rate_hz!r}"]
+        lines += [extra, "[broker]", f"url = {broker.url!r}", "[source]"]
+        lines += [f"{key} = {value!r}" for key, value in table.items()]
         file = tmp_path / "agent.toml"
         file.write_text("\n".join(lines))
         return file
@@ -201,8 +209,110 @@ def test_only_an_ordered_end_is_excused(config, gateway, monkeypatch, tmp_path):
     assert excused == ["ordered"]
     (tmp_path / "broken.csv").write_text("a,b\nx,y\n")
     with pytest.raises(ConfigError):
-        run_agent(load_config(config(path=tmp_path / "broken.csv"), AgentSettings), until_dry=True)
+        run_agent(load_config(config(source={"path": str(tmp_path / "broken.csv")}), AgentSettings), until_dry=True)
     assert excused == ["ordered"]
+
+
+def test_agent_runs_a_function_of_the_application(config, gateway):
+    """Pins the Python API: readings of a function, which no table names, and outcomes told to the application."""
+    peer = gateway()
+    file = config()
+    file.write_text(file.read_text().partition("[source]")[0])
+    values = iter([1.0, 2.0])
+    outcomes = []
+    serving = threading.Thread(target=peer.loop.run)
+    serving.start()
+    try:
+        agent = Agent(load_config(file, AgentSettings), lambda: next(values), rate_hz=50.0, on_outcome=outcomes.append)
+        agent.run(until_dry=True)
+    finally:
+        peer.loop.stop()
+        serving.join()
+    assert [list(row.reading.scalars.values) for row in peer.rows] == [[1.0], [2.0]]
+    assert Counter(outcome.by for outcome in outcomes) == {AnsweredBy.NOBODY: 2, AnsweredBy.GATEWAY: 2}
+
+
+def test_agent_without_any_source_says_so(config):
+    """Pins the line for a table that was forgotten."""
+    file = config()
+    file.write_text(file.read_text().partition("[source]")[0])
+    assert refusal(file) == "shoal: no readings: the settings have no [source], and the application gives none\n"
+
+
+@contextmanager
+def watching(url, site, count):
+    """`shoal watch` on what a site asks, once it hears; yields a function that waits for its lines."""
+    pytest.importorskip("rich", reason="left out: needs shoal[console]")
+    filters = [f"shoal/v1/up/{site}/gw/presence", f"shoal/v1/up/{site}/+/infer"]
+    arguments = ["watch", *filters, "--broker", url, "--json", "--count", str(count + 1)]
+    code = "from fleet_console.cli import main; main()"
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", code, *arguments], env=environment(), stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            # The gateway's birth is retained: its line says that the subscription stands.
+            assert json.loads(process.stdout.readline())["retained"]
+            yield lambda: [json.loads(line) for line in process.communicate(timeout=PATIENCE_S)[0].splitlines()]
+        finally:
+            process.kill()
+
+
+def asked_in(lines):
+    """Reference and values of every row that was seen, in order."""
+    rows = [row["reading"] for line in lines for row in line["message"]["rows"]]
+    return [
+        (row["reference"], row["scalars"]["values"]) for row in sorted(rows, key=lambda row: int(row.get("seq", 0)))
+    ]
+
+
+def test_agent_on_a_zigbee_topic_asks_and_is_seen(config, gateway, broker, request):
+    """Pins an agent beside Zigbee2MQTT over a real broker: mapped, asked, answered, shown by `shoal watch`."""
+    pytest.importorskip("jmespath", reason="left out: needs shoal[sensors]")
+    peer = gateway()
+    site = site_of(request)
+    topic = f"zigbee2mqtt/{site[-20:]}"
+    source = {"kind": "mqtt", "topics": [topic], "values": ["temperature", "humidity"]}
+    publisher = Client(CallbackAPIVersion.VERSION2)
+    address = parse_broker_url(broker.url)
+    publisher.connect(address.host, address.port)
+
+    def publish(**values):
+        publisher.publish(topic, json.dumps({"linkquality": 120, **values}))
+        publisher.loop_write()
+
+    sent = []
+
+    def publish_until_heard(_now):
+        if not peer.rows:  # nobody but the agent knows when it has subscribed
+            sent.append(len(sent))
+            publish(temperature=20 + len(sent), humidity=40)
+
+    with watching(broker.url, site, count=1) as shown, running(config(source=source)) as agent:
+        beat = peer.loop.call_every(0.1, publish_until_heard)
+        peer.until(lambda: peer.counters.get("answered"))
+        beat.cancel()
+        publish(state="OFF")
+        peer.until(lambda: peer.counters.get("bad_readings") == 1)
+        agent.send_signal(signal.SIGTERM)
+        _, errors = agent.communicate(timeout=PATIENCE_S)
+        ((reference, (temperature, humidity)), *_) = asked_in(shown())
+    publisher.disconnect()
+    assert (reference, humidity) == (topic, 40)
+    assert 20 < temperature <= 20 + len(sent)
+    assert f"bad input refused=1 last: {topic}: temperature: nothing is not a number" in errors
+
+
+def test_agent_on_a_directory_of_images_asks_and_is_seen(config, gateway, broker, request, tmp_path):
+    """Pins pictures over a real broker, with nothing installed that reads pictures: asked, shown by `shoal watch`."""
+    peer = gateway()
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, level in (("a", 10), ("b", 250)):
+        (folder / f"{name}.pgm").write_bytes(b"P5 4 2 255\n" + bytes([level] * 8))
+    source = {"kind": "images", "path": str(folder), "size": [1, 2], "rate_hz": 20.0}
+    with watching(broker.url, site_of(request), count=2) as shown, running(config(source=source)):
+        peer.until(lambda: peer.counters.get("answered") == 2)
+        assert asked_in(shown()) == [("a.pgm", [10, 10]), ("b.pgm", [250, 250])]
 
 
 def refusal(file):
@@ -241,7 +351,7 @@ def test_bad_cell_ends_with_two_and_loses_nothing_that_was_read(config, tmp_path
     """Pins that an error in the middle of a source is told in one line, and what was read before it is durable."""
     source = tmp_path / "broken.csv"
     source.write_text("a,b\n1,2\n3,4\n5,x\n")
-    file = config(path=source, rate_hz=1e6)
+    file = config(source={"path": str(source), "rate_hz": 1e6})
     errors = refusal(file)
     assert errors.splitlines()[-1] == f"shoal: source {source}, row 3, column b: 'x' is not a number"
     assert "Traceback" not in errors
@@ -267,14 +377,36 @@ def test_bad_cell_ends_with_two_and_loses_nothing_that_was_read(config, tmp_path
         ("state_interval_s", 0.0),
         ("state_interval_s", 601.0),
         ("probation_s", -1.0),
-        ("rate_hz", 0.0),
-        ("columns", ()),
     ],
 )
 def test_setting_out_of_range_is_refused_by_name(config, key, value):
     """Pins that a number which the agent could not run with is found when the file is read."""
-    with pytest.raises(ConfigError, match=rf"\$\.(source\.)?{key}"):
+    with pytest.raises(ConfigError, match=rf"\$\.{key}"):
         load_config(config(**{key: value}), AgentSettings)
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ({"rate_hz": 0.0}, "rate_hz"),
+        ({"columns": []}, "columns"),
+        ({"speed": 3}, "speed"),
+        ({"delimiter": ";;"}, "delimiter"),
+        ({"kind": "telepathy"}, "kind"),
+        ({"kind": "host", "values": ["mood"]}, "mood"),
+        ({"kind": "host", "values": []}, "values"),
+        ({"kind": "images", "path": "x", "size": [0, 3]}, "size"),
+        ({"kind": "images", "path": "x", "rate_hz": 1e6}, "rate_hz"),
+        ({"kind": "camera", "rate_hz": 0.0}, "rate_hz"),
+        ({"kind": "mqtt", "topics": []}, "topics"),
+        ({"kind": "mqtt", "topics": ["a"], "values": []}, "values"),
+        ({"kind": "stdin", "path": "x"}, "path"),
+    ],
+)
+def test_source_that_cannot_be_is_refused_by_name(config, source, named):
+    """Pins that every kind's table is checked while the file is read."""
+    with pytest.raises(ConfigError, match=rf"{named}.*\$\.source|\$\.source\.{named}"):
+        load_config(config(source=source), AgentSettings)
 
 
 @pytest.mark.parametrize(
@@ -283,6 +415,8 @@ def test_setting_out_of_range_is_refused_by_name(config, key, value):
         ({"site": "Plant"}, "site: 'Plant' is not an id"),
         ({"model": "../model"}, "model: '../model' is not an id"),
         ({"data_dir": "/dev/null/data"}, "data_dir /dev/null/data: Not a directory"),
+        ({"source": {"kind": "mqtt", "topics": ["a#"]}}, "source mqtt: 'a#' is not a topic filter"),
+        ({"source": {"kind": "images", "path": "/nowhere"}}, "source /nowhere: No such file"),
     ],
 )
 def test_names_that_cannot_be_used_are_refused(config, changed, message):

@@ -132,7 +132,13 @@ def test_brackets_in_a_message_are_shown(run, tmp_path):
     """What is wrong is printed as it is, and not taken for markup."""
     path = tmp_path / "agent.toml"
     keys = {"site": "[/red]", "node": "n", "model": "m", "data_dir": str(tmp_path), "trusted_root": "root.json"}
-    lines = [*(f'{key} = "{value}"' for key, value in keys.items()), "[source]", 'path = "x.csv"', 'columns = ["a"]']
+    lines = [
+        *(f'{key} = "{value}"' for key, value in keys.items()),
+        "[source]",
+        'kind = "csv"',
+        'path = "x.csv"',
+        'columns = ["a"]',
+    ]
     path.write_text("\n".join(lines))
     status, _, err = run("device", "run", "--config", str(path))
     assert status == 2

@@ -205,7 +205,7 @@ class Bench:
             "state_interval_s": 0.5,
             "retry_after_s": 1.0,
         }
-        source = {"path": str(self.directory / f"{name}.csv"), "columns": columns, "rate_hz": 50.0}
+        source = {"kind": "csv", "path": str(self.directory / f"{name}.csv"), "columns": columns, "rate_hz": 50.0}
         text = [*as_toml(keys), "[broker]", f"url = {self.published.url!r}", "[source]", *as_toml(source)]
         config = self.directory / f"{name}.toml"
         config.write_text("\n".join(text))
