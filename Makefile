@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEVICE_BIN := .venv-device/bin
 PROTOS := $(wildcard proto/shoal/v1/*.proto)
-EXTRAS := device,gateway,cloud,simulator,console,dev
+EXTRAS := device,sensors,gateway,cloud,simulator,console,dev
 ARGS ?=
 
 .DEFAULT_GOAL := help

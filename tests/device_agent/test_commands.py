@@ -25,7 +25,7 @@ def config(tmp_path):
         path.write_text(
             f'site = "plant"\nnode = "dev-1"\nmodel = "m"\ndata_dir = "{tmp_path}/data"\n'
             f'trusted_root = "{tmp_path}/root.json"\noutbox_bytes = 1000000\n'
-            f'[source]\npath = "rows.csv"\ncolumns = ["a"]\n'
+            f'[source]\nkind = "csv"\npath = "rows.csv"\ncolumns = ["a"]\n'
             f'[broker]\nurl = "mqtt://127.0.0.1:{server.getsockname()[1]}"\n'
         )
         yield path
