@@ -36,5 +36,4 @@ class Windows:
 
     def reset(self) -> None:
         """Begin anew: what comes next does not follow what came before."""
-        self._rows.clear()
-        self._missing = self._window
+        self._missing = self._window  # by then, none of the old ones is left

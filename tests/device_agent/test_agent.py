@@ -232,6 +232,26 @@ def test_agent_runs_a_function_of_the_application(config, gateway):
     assert Counter(outcome.by for outcome in outcomes) == {AnsweredBy.NOBODY: 2, AnsweredBy.GATEWAY: 2}
 
 
+class EndedSource:
+    """A source of the application's own that has nothing."""
+
+    calls = ()
+
+    def start(self, feed):
+        self.calls += ("start",)
+        feed.end()
+
+    def close(self):
+        self.calls += ("close",)
+
+
+def test_agent_starts_and_closes_a_source_that_it_is_given(config):
+    """Pins the protocol for sources of the application's own, which are used instead of the table's."""
+    source = EndedSource()
+    Agent(load_config(config(), AgentSettings), source).run(until_dry=True)
+    assert source.calls == ("start", "close")
+
+
 def test_agent_without_any_source_says_so(config):
     """Pins the line for a table that was forgotten."""
     file = config()
