@@ -35,7 +35,7 @@ _TICK_S = 0.05
 SESSION_EXPIRY_S = 0
 # Requests and replies under way: several full batches, and what a site's devices ask at once. The shipped broker
 # profiles allow as many.
-_WINDOW = 500
+WINDOW = 500
 
 # Checked while the file is read, so that the message names the key.
 _NotNegative = Annotated[float, Meta(ge=0)]
@@ -158,7 +158,7 @@ def _make_directory(settings: GatewaySettings) -> Path:
 
 
 def open_link(config: LinkConfig, site: str, node: str) -> Link:
-    windows = replace(config, max_inflight=_WINDOW, receive_maximum=_WINDOW)
+    windows = replace(config, max_inflight=WINDOW, receive_maximum=WINDOW)
     return Link(windows, node_identity(site, node, "gateway"))
 
 
