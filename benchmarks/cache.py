@@ -4,9 +4,9 @@
 
 The whole request path of the real gateway, without a network: 64 packets are in the socket at once, each is parsed,
 checked, looked up, batched by 32, run by ONNX Runtime, and answered with a packet of its own. Two gateways, one with the
-cache as shipped and one without, get the same questions in turns of 2,048, so that a slow moment of the machine hits
+cache as shipped and one without, get the same questions in turns of 1,024, so that a slow moment of the machine hits
 both; who goes first changes. A round is 41,024 questions: one window in which the cache looks, and all of the time for
-which it then steps aside. A ratio is the median over the rounds of the ratio within a round.
+which it then steps aside. Each turn of a round counts with its median over the rounds.
 
   repeats   half of the questions repeat the input of one of the last 500 different ones
   unique    no two questions of a round have the same input
@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -48,7 +49,7 @@ from shoal.v1.sensor_pb2 import SensorData
 _DEVICES = 64
 _DRAINED = 64
 _BATCH = 32
-_TURN = 2048
+_TURN = 1024
 # A window and what it is bypassed for, in whole batches of packets.
 _ROUND = -(-(CacheConfig().window + CacheConfig().bypass) // _DRAINED) * _DRAINED
 _REPEAT_SHARE = 0.5
@@ -65,7 +66,7 @@ _WIDTHS = (3072, 384, 10)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure the gateway's answer cache.")
-    parser.add_argument("--rounds", type=int, default=9, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=11, help="(default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=Path(__file__).parent / "gateway" / ".cache")
     options = parser.parse_args()
     result: dict[str, dict] = {}
@@ -131,12 +132,12 @@ def unique(distinct: int) -> list[int]:
     return [index % distinct for index in range(_ROUND)]
 
 
-def repeating(distinct: int) -> list[int]:
+def repeating(distinct: int, share: float = _REPEAT_SHARE) -> list[int]:
     rng = random.Random(_SEED)
     trace: list[int] = []
     fresh = 0
     for _ in range(_ROUND):
-        if fresh and rng.random() < _REPEAT_SHARE:
+        if fresh and rng.random() < share:
             trace.append((fresh - 1 - rng.randrange(min(fresh, _RECENT))) % distinct)
         else:
             trace.append(fresh % distinct)
@@ -155,38 +156,44 @@ def packets(model: str, distinct: Sequence[bytes], dtype: np.dtype, trace: Seque
     return made
 
 
-def measure(model: str, served: ServedModel, asked: list[bytes], rounds: int) -> dict[str, float]:
+def measure(model: str, served: ServedModel, asked: list[bytes], rounds: int) -> dict[str, Any]:
     """The same questions to a gateway with the cache and one without, turn by turn."""
     configs = {
         "with": LaneConfig(max_batch_size=_BATCH),
         "without": LaneConfig(max_batch_size=_BATCH, cache=CacheConfig(max_bytes=0)),
     }
-    ratios, shares = [], []
+    shares: list[float] = []
+    rounds_of: list[dict[str, list[float]]] = []
     for _ in range(rounds):
         # New ones for each round: what an earlier one left in the cache would answer everything.
         with Rehearsal(model, served, configs["with"]) as one, Rehearsal(model, served, configs["without"]) as other:
-            spent = run_round({"with": one, "without": other}, asked)
+            rounds_of.append(run_round({"with": one, "without": other}, asked))
             counters = one.gateway.counters
-            ratios.append(spent["without"] / spent["with"])
             shares.append(counters["rows.inferred"] / counters["requests"])
-    ratio = statistics.median(ratios)
+    spent = {
+        name: sum(statistics.median(turn) for turn in zip(*(each[name] for each in rounds_of), strict=True))
+        for name in configs
+    }
+    ratio = spent["without"] / spent["with"]
     return {
         "model_share": round(statistics.median(shares), 4),
         "rps_ratio": round(ratio, 4),
         "cost": round(1 - ratio, 4),
-        "cost_rounds": [round(1 - each, 4) for each in ratios],
+        "us": {name: round(1e6 * seconds / len(asked), 2) for name, seconds in spent.items()},
+        "cost_rounds": [round(1 - sum(each["without"]) / sum(each["with"]), 4) for each in rounds_of],
     }
 
 
-def run_round(sides: dict[str, Rehearsal], asked: list[bytes]) -> dict[str, float]:
-    """Seconds of processor time that each took."""
-    spent = dict.fromkeys(sides, 0.0)
+def run_round(sides: dict[str, Rehearsal], asked: list[bytes]) -> dict[str, list[float]]:
+    """Seconds of processor time that each took for each turn."""
+    spent: dict[str, list[float]] = {name: [] for name in sides}
     for number, start in enumerate(range(0, len(asked), _TURN)):
         turn = asked[start : start + _TURN]
         for name in list(sides)[:: 1 if number % 2 else -1]:
+            ask = sides[name].ask
             began = time.thread_time()
-            sent = sum(len(sides[name].ask(turn[first : first + _DRAINED])) for first in range(0, len(turn), _DRAINED))
-            spent[name] += time.thread_time() - began
+            sent = sum(len(ask(turn[first : first + _DRAINED])) for first in range(0, len(turn), _DRAINED))
+            spent[name].append(time.thread_time() - began)
             if sent != 2 * len(turn):
                 raise RuntimeError(f"{sent} packets for {len(turn)} questions, expected a reply and a PUBACK each")
     for name, side in sides.items():

@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", default="gw-local", help="of this gateway (default: %(default)s)")
     parser.add_argument("--max-batch-size", type=int, default=32, help="rows of one model call (default: %(default)s)")
     parser.add_argument("--max-delay-ms", type=float, default=0.0, help="a first row's wait (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="threads for slow models (default: one a core)")
     parser.add_argument("--metrics-address", default="127.0.0.1:5000", help="empty for none (default: %(default)s)")
     parser.add_argument("--log-level", default="INFO", help="DEBUG, INFO, WARNING or ERROR (default: %(default)s)")
     return parser
@@ -67,6 +68,7 @@ def _serve_files(arguments: argparse.Namespace) -> None:
         name=arguments.name,
         max_delay_ms=arguments.max_delay_ms,
         metrics_address=arguments.metrics_address,
+        workers=arguments.workers,
     )
     with service:
         logging.getLogger(__name__).info("serving models=%s broker=%s", ",".join(service.models), arguments.broker)

@@ -101,4 +101,4 @@ def _key(digest: bytes, row: Row) -> bytes:
     size = len(data)
     # An odd step: an even one would only ever meet the same byte of each value, which may be 0 in all of them.
     sample = data if size <= _SAMPLE_BYTES else data[:: size // _SAMPLE_BYTES | 1]
-    return b"".join((digest, row.dtype.str.encode(), size.to_bytes(4, "big"), sample))
+    return b"".join((digest, bytes((row.dtype.num,)), size.to_bytes(4, "big"), sample))

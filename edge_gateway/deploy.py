@@ -1,5 +1,6 @@
 """ONNX files served to some devices, with no cloud at all."""
 
+import os
 import random
 import re
 import tempfile
@@ -45,11 +46,12 @@ class Deploy:
         cache_bytes: of the answer cache; 0 turns it off.
         providers: of ONNX Runtime, the best first.
         metrics_address: `host:port` for Prometheus; empty serves none.
+        workers: threads for slow models; 0 means as many as there are cores.
 
     Raises:
         PayloadError: a name is not an id.
         ConfigError: the broker's address is none, or two files have one name.
-        ValueError: no model, or a batch size, delay or cache that cannot be.
+        ValueError: no model, or a batch size, delay, cache or number of workers that cannot be.
     """
 
     def __init__(
@@ -65,11 +67,15 @@ class Deploy:
         cache_bytes: int = 16 << 20,
         providers: Sequence[str] = (engine.CPU,),
         metrics_address: str = "",
+        workers: int = 0,
     ) -> None:
         for key, text in ("site", site), ("name", name), *(("devices", device) for device in devices):
             parse_id(text, key)
-        if not 0 < max_batch_size <= MAX_BATCH_SIZE or not max_delay_ms >= 0 or cache_bytes < 0:
-            raise ValueError(f"max_batch_size {max_batch_size}, max_delay_ms {max_delay_ms}, cache_bytes {cache_bytes}")
+        if not 0 < max_batch_size <= MAX_BATCH_SIZE or not max_delay_ms >= 0 or min(cache_bytes, workers) < 0:
+            raise ValueError(
+                f"max_batch_size {max_batch_size}, max_delay_ms {max_delay_ms}, cache_bytes {cache_bytes}, "
+                f"workers {workers}"
+            )
         self._paths = _by_name(model)
         self._link_config = parse_broker_url(broker, session_expiry_s=SESSION_EXPIRY_S)
         self._config = GatewayConfig(
@@ -82,6 +88,7 @@ class Deploy:
                 max_batch_size=max_batch_size,
                 max_delay_s=max_delay_ms / 1000,
                 cache=CacheConfig(max_bytes=cache_bytes),
+                workers=workers or os.cpu_count() or 1,
             ),
         )
         self._metrics_address = metrics_address

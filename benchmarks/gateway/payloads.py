@@ -34,7 +34,7 @@ def device_name(index: int) -> str:
 
 def payload_count(shape: tuple[int, ...]) -> int:
     """How many different questions outgrow the cache, in whole rounds of the devices."""
-    entry_bytes = math.prod(shape) * np.dtype(np.uint8).itemsize + _SMALLEST_ENTRY_BYTES
+    entry_bytes = math.prod(shape) + _SMALLEST_ENTRY_BYTES  # a value is one byte
     return DEVICES * max(2, math.ceil(_CACHE_BYTES / entry_bytes / DEVICES))
 
 

@@ -1,5 +1,9 @@
-"""Shoal's gateway as a process of its own, serving one file. Says `ready` when it is subscribed; ends on SIGTERM."""
+"""Shoal's gateway as a process of its own, serving one file. Says `ready` when it is subscribed; ends on SIGTERM.
 
+python -m benchmarks.gateway.serve_gateway MODEL BROKER BATCH [JSON of other options of Deploy]
+"""
+
+import json
 import signal
 import sys
 
@@ -7,10 +11,11 @@ from benchmarks.gateway.payloads import SITE
 from edge_gateway import Deploy
 
 
-def main(model: str, broker: str, batch: str) -> None:
+def main(model: str, broker: str, batch: str, options: str = "{}") -> None:
     stops = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, stops)
-    with Deploy(model, max_batch_size=int(batch), broker=broker, site=SITE, name="gw-bench") as gateway:
+    chosen = {"site": SITE, "name": "gw-bench", **json.loads(options)}
+    with Deploy(model, max_batch_size=int(batch), broker=broker, **chosen) as gateway:
         print("ready", flush=True)
         signal.sigwait(stops)
         print(gateway.stats(), flush=True)

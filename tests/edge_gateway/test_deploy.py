@@ -104,6 +104,7 @@ def test_it_says_when_there_is_no_broker(tmp_path, monkeypatch):
         ({"max_batch_size": 0}, ValueError, "max_batch_size 0"),
         ({"max_delay_ms": -1.0}, ValueError, "max_delay_ms -1.0"),
         ({"cache_bytes": -1}, ValueError, "cache_bytes -1"),
+        ({"workers": -1}, ValueError, "workers -1"),
         ({"model": []}, ValueError, "no model"),
         ({"model": ["a/m.onnx", "b/m.onnx"]}, ConfigError, "one name"),
         ({"model": {"Not An Id": "m.onnx"}}, PayloadError, "model"),

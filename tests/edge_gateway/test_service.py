@@ -1,15 +1,20 @@
 """The gateway as its operator sees it."""
 
+import inspect
 import re
 import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import tomli_w
 
-from edge_gateway import service
+from edge_gateway import Deploy, service
+from edge_gateway.__main__ import _parser
+from edge_gateway.lanes import Histograms
+from edge_gateway.metrics import GatewayCollector
 from edge_gateway.service import GatewaySettings, run
 from shoal.config import load_config
 from shoal.errors import ConfigError
@@ -20,6 +25,7 @@ from shoal.release.client import UpdateClient
 from shoal.routes import Route
 
 _PATIENCE_S = 20.0
+_PAGE = (Path(__file__).parents[2] / "docs" / "gateway.md").read_text()
 
 
 @pytest.fixture
@@ -137,3 +143,38 @@ def test_gateway_is_born_and_says_goodbye(config, broker, number):
     link.close()
     loop.close()
     assert (heard, states[0]) == ([True, False], "gateway")
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", GatewaySettings.__struct_fields__)
+def test_every_setting_is_documented(key):
+    """In the first column of a table."""
+    assert re.search(rf"^\| [^|]*`\[?{key}\]?`", _PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", list(inspect.signature(Deploy).parameters))
+def test_every_option_of_deploy_is_documented(name):
+    """In the first column of a table."""
+    assert re.search(rf"^\| [^|]*`{name}`", _PAGE, re.MULTILINE)
+
+
+def test_every_option_of_the_command_is_documented():
+    """Of `python -m edge_gateway`."""
+    options = {action.option_strings[-1] for action in _parser()._actions} - {"--help"}
+    assert {option for option in options if not re.search(rf"{option}\b", _PAGE)} == set()
+
+
+def test_every_metric_is_documented():
+    """By the name that Prometheus has."""
+    for metric in GatewayCollector(dict, Histograms()).collect():
+        assert f"`{metric.name}" in _PAGE
+
+
+def test_every_picture_is_there():
+    """And small."""
+    pictures = re.findall(r"\]\((img/[^)]+)\)", _PAGE)
+    assert pictures
+    for picture in pictures:
+        assert (Path(__file__).parents[2] / "docs" / picture).stat().st_size < 60_000
