@@ -25,6 +25,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from benchmarks import cache
 from benchmarks.gateway.bench_gateway import prepare
@@ -172,7 +173,7 @@ def draw_all(result: dict[str, Any], folder: Path) -> None:
     # Text as text: small files, in the reader's own font; and the same bytes for the same figures.
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "shoal", "font.size": 9, "axes.grid": True})
     for name, draw in (("batch", _batch), ("delay", _delay), ("cache", _cache), ("workers", _workers)):
-        figure = Figure(figsize=(8, 3), layout="constrained")
+        figure = Figure(figsize=(8, 3.2), layout=ConstrainedLayoutEngine(rect=(0, 0.06, 1, 0.94)))  # above its caption
         draw(figure, result[name])
         figure.text(0.995, 0.005, f"{result['machine']}, {result['date']}", ha="right", fontsize=7, color="0.5")
         figure.savefig(folder / f"gateway-{name}.svg", metadata={"Date": None})
