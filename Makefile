@@ -8,7 +8,7 @@ EXTRAS := device,sensors,gateway,cloud,simulator,console,dev
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-device demo test test-device lint format proto proto-check bench bench-cache bench-delivery bench-gateway bench-device-step faults-install mutation-trust check clean
+.PHONY: help venv venv-device demo test test-device lint format proto proto-check bench bench-cache bench-delivery bench-gateway bench-device-step faults-install gateway-requests mutation-trust nightly check clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -86,6 +86,11 @@ bench-device-step: venv ## Measure what the agent adds to a model call
 
 faults-install: venv ## Inject a fault into every system call of an install (minutes; needs strace)
 	@$(BIN)/python tests/campaigns/faults_install.py $(ARGS)
+
+gateway-requests: venv ## Ask the gateway 100,000 things, a tenth of them malformed, and check every answer
+	@$(BIN)/python tests/campaigns/gateway_requests.py $(ARGS)
+
+nightly: faults-install mutation-trust gateway-requests ## The long campaigns, one after the other
 
 mutation-trust: venv ## Remove each check that trust rests on and see a test fail (minutes)
 	@$(BIN)/python tests/campaigns/mutation_trust.py $(ARGS)
