@@ -29,7 +29,8 @@ from pathlib import Path
 import numpy as np
 
 from device_agent import runtime
-from device_agent.device import Device, DeviceConfig
+from device_agent.config import DeviceConfig
+from device_agent.device import Device
 from device_agent.policy import PolicyConfig
 from device_agent.readings import Reading
 from shoal.delivery.outbox import Outbox

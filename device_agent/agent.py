@@ -10,7 +10,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from device_agent.device import Device, DeviceConfig
+from device_agent.config import DeviceConfig
+from device_agent.device import Device
 from device_agent.policy import PolicyConfig
 from device_agent.readings import Outcome, Reading
 from device_agent.runtime import runtime_name

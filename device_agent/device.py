@@ -2,34 +2,32 @@
 
 Invariants:
 - produced = kept + accepted and accepted = answered + dropped + quarantined + in flight, at each commit of the outbox;
-- a question leaves the outbox only when the gateway's reply settles it, or a refusal that would be repeated does;
 - the application hears the device's own answer at once and the gateway's when it comes.
 """
 
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from device_agent.change import ChangeDetector
+from device_agent.config import DeviceConfig
 from device_agent.inputs import InputMaker
-from device_agent.policy import Choice, PolicyConfig, UploadPolicy
+from device_agent.policy import Choice, UploadPolicy
+from device_agent.questions import Questions
 from device_agent.readings import AnsweredBy, Outcome, Reading
 from device_agent.runtime import load
-from shoal.codec import EPOCH_BYTES, MAX_ROW_BYTES
 from shoal.commands import CommandDesk
-from shoal.delivery.outbox import Item, Key, Outbox, group_by_model
-from shoal.errors import LinkError, ModelError
-from shoal.inbox import Delivery
+from shoal.delivery.outbox import Outbox
+from shoal.errors import ModelError
 from shoal.link import Link
 from shoal.release.probation import Watch, parse_baseline
 from shoal.release.selftest import Runtime
-from shoal.routes import Route
 from shoal.scoring import Scaler, score_rows
 from shoal.state import Report, StateReporter
 from shoal.v1 import inference_pb2 as pb
@@ -51,30 +49,6 @@ _REASONS = {
 }
 # Never to be answered: asking again would bring the same reply.
 _SETTLED = {pb.STATUS_OK: "answered", pb.STATUS_INVALID_ARGUMENT: "quarantined"}
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceConfig:
-    """One device's settings; see docs/devices.md.
-
-    Attributes:
-        answer_within_ms: how long the application waits for the gateway's answer; 0 is no hurry.
-        retry_after_s: a question without a reply is asked again after this; also its message expiry.
-        linger_s: questions wait this long for company in one message.
-        max_rows: of one message.
-    """
-
-    site: str
-    node: str
-    model: str
-    change_threshold: float = 0.0
-    change_adapt: float = 0.0
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    answer_within_ms: int = 0
-    retry_after_s: float = 10.0
-    linger_s: float = 0.0
-    max_rows: int = 32
-    state_interval_s: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,21 +89,15 @@ class Device:
         self.model_states: Callable[[], list[ModelState]] = list
         self.clock_suspect: Callable[[], bool] = bool
         self._outbox = outbox
-        self._lane = lane
         self._rng = rng
-        self._clock = clock
         self._on_outcome = on_outcome
         self._change = ChangeDetector(config.change_threshold, config.change_adapt)
         self._policy = UploadPolicy(config.policy)
         self._active: _ActiveModel | None = None
-        self._epoch = outbox.epoch(config.node)
         self._seqs = iter(range(0))
-        self._asked_at: dict[int, float] = {}
-        self._send_at: float | None = 0.0
+        self._questions = Questions(config, link, outbox, clock=clock, lane=lane, on_answer=self._hear)
         self._reporter = StateReporter(link, self._report, interval_s=config.state_interval_s, rng=rng)
         CommandDesk(link, config.site, config.node, {"report_state": lambda _: self._report_now()})
-        link.subscribe(Route.REPLY, self._on_reply, site=config.site, node=config.node)
-        link.on_connect(self._on_connect)
 
     # -- the model ---------------------------------------------------------------------------------------------------
 
@@ -230,116 +198,22 @@ class Device:
             scalars=Scalars(values=reading.values.ravel().tolist()),
             reference=reading.reference,
         )
-        row = pb.InferenceRow(reading=data, reason=_REASONS[choice], device_answer=answer)
-        key = Key(self.config.node, self._epoch, seq)
-        item = Item(key, self.config.model, row.SerializeToString())
-        if _size(item) > MAX_ROW_BYTES:
-            log.error("reading too large to ask node=%s seq=%d bytes=%d", self.config.node, seq, len(item.payload))
-            self._turn_away("quarantined")
-        elif self._outbox.put(item):
+        if self._questions.ask(pb.InferenceRow(reading=data, reason=_REASONS[choice], device_answer=answer), now):
             self._count(choice.value)
-            self._asked_at[seq] = now
-        else:
-            self._turn_away("dropped.full")
-        if self._send_at is None:
-            self._send_at = now + self.config.linger_s
 
-    # -- questions and replies -----------------------------------------------------------------------------------------
+    # -- the gateway ---------------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:
         """Send what is due; call it after each commit of the outbox and a few times a second."""
         self._reporter.tick(now)
-        if not self.link.connected or (self._send_at is not None and now < self._send_at):
-            return
-        self._send_at = None
-        while self.link.room() > 0:
-            taken = self._outbox.take(now, self.config.max_rows, self.config.retry_after_s, self._lane)
-            if not self._send_all(taken, now) or len(taken) < self.config.max_rows:
-                return
+        self._questions.tick(now)
 
-    def _send_all(self, taken: Sequence[tuple[Item, int]], now: float) -> bool:
-        """Send in as few messages as may be. False when the link did not take them all; the others are due again."""
-        sent = [
-            self._send(model, items, replay=replay, now=now)
-            for (_, _, model, replay), group in group_by_model(taken).items()
-            for items in _split(group)
-        ]
-        return all(sent)
-
-    def _send(self, model: str, items: list[Item], *, replay: bool, now: float) -> bool:
-        keys = [item.key for item in items]
-        request = pb.InferenceRequest(
-            device=self.config.node,
-            epoch=keys[0].epoch,
-            model=model,
-            rows=[pb.InferenceRow.FromString(item.payload) for item in items],
-            answer_within_ms=0 if replay else self.config.answer_within_ms,
-            replay=replay,
+    def _hear(self, row: pb.RowReply, latency_s: float) -> None:
+        answer = row.answer
+        label = answer.label if answer.HasField("label") else None
+        self._on_outcome(
+            Outcome(row.seq, "", AnsweredBy.GATEWAY, answer.release, answer.score, label, "answered", latency_s)
         )
-
-        def done(error: LinkError | None) -> None:
-            if error is None:
-                return
-            if error.permanent:
-                log.error("question refused for ever node=%s rows=%d error=%s", self.config.node, len(keys), error)
-                for key in keys:
-                    self._settle(key, "quarantined")
-            else:
-                self._outbox.make_due(keys, now)
-
-        sent = self.link.publish(
-            Route.INFER,
-            request,
-            correlation=keys[0].seq.to_bytes(8, "big"),
-            # Where the broker still holds it by then, the retry has taken its place.
-            expiry_s=max(1, round(self.config.retry_after_s)),
-            on_done=done,
-            site=self.config.site,
-            node=self.config.node,
-        )
-        if not sent:
-            self._outbox.make_due(keys, now)
-        return sent
-
-    def _on_reply(self, delivery: Delivery) -> None:
-        reply = delivery.message
-        if not isinstance(reply, pb.InferenceReply) or len(reply.epoch) != EPOCH_BYTES:
-            return
-        for row in reply.rows:
-            key = Key(self.config.node, reply.epoch, row.seq)
-            if row.status in _SETTLED:
-                if self._settle(key, _SETTLED[row.status]):
-                    self._hear(row)
-            else:
-                # Not now: again sooner than after silence, and not at once.
-                self._count(f"replies.{_status_name(row.status)}")
-                self._outbox.make_due([key], self._clock() + _PATIENCE * self.config.retry_after_s)
-
-    def _hear(self, row: pb.RowReply) -> None:
-        asked_at = self._asked_at.pop(row.seq, None)
-        if row.status != pb.STATUS_OK:
-            log.warning(
-                "reading refused node=%s seq=%d field=%s: %s", self.config.node, row.seq, row.field, row.message
-            )
-            return
-        if asked_at is not None:
-            self._on_outcome(
-                Outcome(
-                    row.seq,
-                    "",
-                    AnsweredBy.GATEWAY,
-                    row.answer.release,
-                    row.answer.score,
-                    row.answer.label if row.answer.HasField("label") else None,
-                    "answered",
-                    self._clock() - asked_at,
-                )
-            )
-
-    def _settle(self, key: Key, outcome: str) -> bool:
-        if outcome != "answered":
-            self._asked_at.pop(key.seq, None)
-        return self._outbox.settle(key, outcome)
 
     def report_soon(self) -> None:
         """Publish this device's state at the next tick."""
@@ -373,11 +247,6 @@ class Device:
         self._on_outcome(outcome)
         return outcome
 
-    def _turn_away(self, outcome: str) -> None:
-        """Account for a question that never was in the outbox, which counts `accepted` for those that are."""
-        self._count("accepted")
-        self._count(outcome)
-
     def _count(self, name: str) -> None:
         self._outbox.count(self.config.node, name)
 
@@ -389,29 +258,3 @@ class Device:
     def _report_now(self) -> str:
         self._reporter.soon()
         return "state follows"
-
-    def _on_connect(self) -> None:
-        self._send_at = 0.0
-
-
-def _status_name(status: int) -> str:
-    # A newer gateway may know more of them; the schema's enums are open.
-    known = pb.Status.DESCRIPTOR.values_by_number.get(status)
-    return "unknown" if known is None else known.name.removeprefix("STATUS_").lower()
-
-
-def _size(item: Item) -> int:
-    return len(item.payload) + _ROW_HEAD_BYTES
-
-
-def _split(items: Sequence[Item]) -> Iterator[list[Item]]:
-    """Split what is too large for one message; each item fits alone."""
-    part: list[Item] = []
-    room = MAX_ROW_BYTES
-    for item in items:
-        if part and _size(item) > room:
-            yield part
-            part, room = [], MAX_ROW_BYTES
-        part.append(item)
-        room -= _size(item)
-    yield part

@@ -14,7 +14,8 @@ import msgspec
 from google.protobuf.json_format import MessageToDict
 from msgspec import Meta
 
-from device_agent.device import Device, DeviceConfig
+from device_agent.config import DeviceConfig
+from device_agent.device import Device
 from device_agent.policy import PolicyConfig
 from device_agent.readings import AnsweredBy, Outcome, Reading
 from device_agent.runtime import runtime_name

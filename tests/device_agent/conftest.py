@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from device_agent.device import Device, DeviceConfig
+from device_agent.config import DeviceConfig
+from device_agent.device import Device
 from device_agent.readings import Reading
 from shoal.codec import encode
 from shoal.delivery.outbox import Outbox

@@ -7,7 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from device_agent.device import Device, DeviceConfig
+from device_agent.config import DeviceConfig
+from device_agent.device import Device
 from device_agent.readings import Reading
 from device_agent.runtime import load
 from shoal.delivery.outbox import Outbox

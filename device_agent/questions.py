@@ -1,0 +1,190 @@
+"""What a device asks its gateway: out of the outbox, into messages, and settled by what comes back.
+
+Invariants:
+- a question leaves the outbox only when the gateway's reply settles it, or a refusal that would be repeated does;
+- what the link does not take, and what the gateway cannot do now, is due again.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+from device_agent.config import DeviceConfig
+from shoal.codec import EPOCH_BYTES, MAX_ROW_BYTES
+from shoal.delivery.outbox import Item, Key, Outbox, group_by_model
+from shoal.errors import LinkError
+from shoal.inbox import Delivery
+from shoal.link import Link
+from shoal.routes import Route
+from shoal.v1 import inference_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+# Of the retry interval: a gateway that answers "not yet" is there, and will be ready soon.
+_PATIENCE = 0.2
+# What a message holds for each row besides the row's own bytes.
+_ROW_HEAD_BYTES = 8
+# Never to be answered: asking again would bring the same reply.
+_SETTLED = {pb.STATUS_OK: "answered", pb.STATUS_INVALID_ARGUMENT: "quarantined"}
+
+# A reply's row, and the seconds since its question was asked.
+OnAnswer = Callable[[pb.RowReply, float], None]
+
+
+class Questions:
+    """The questions of one device. Never blocks; `tick` sends what is due.
+
+    Args:
+        lane: the outbox's lane for this device's link.
+        on_answer: hears each answer once, while its question is remembered.
+    """
+
+    def __init__(
+        self,
+        config: DeviceConfig,
+        link: Link,
+        outbox: Outbox,
+        *,
+        clock: Callable[[], float],
+        lane: str,
+        on_answer: OnAnswer,
+    ) -> None:
+        self._config = config
+        self._link = link
+        self._outbox = outbox
+        self._clock = clock
+        self._lane = lane
+        self._on_answer = on_answer
+        self._epoch = outbox.epoch(config.node)
+        self._asked_at: dict[int, float] = {}
+        self._send_at: float | None = 0.0
+        link.subscribe(Route.REPLY, self._on_reply, site=config.site, node=config.node)
+        link.on_connect(self._send_at_once)
+
+    def ask(self, row: pb.InferenceRow, now: float) -> bool:
+        """Owe this question from the next commit on. False when it is accounted for and was not taken."""
+        seq = row.reading.seq
+        item = Item(Key(self._config.node, self._epoch, seq), self._config.model, row.SerializeToString())
+        if _size(item) > MAX_ROW_BYTES:
+            log.error("reading too large to ask node=%s seq=%d bytes=%d", self._config.node, seq, len(item.payload))
+            self._turn_away("quarantined")
+            return False
+        if not self._outbox.put(item):
+            self._turn_away("dropped.full")
+            return False
+        self._asked_at[seq] = now
+        if self._send_at is None:
+            self._send_at = now + self._config.linger_s
+        return True
+
+    def tick(self, now: float) -> None:
+        """Send what is due; call it after each commit of the outbox and a few times a second."""
+        if not self._link.connected or (self._send_at is not None and now < self._send_at):
+            return
+        self._send_at = None
+        config = self._config
+        while self._link.room() > 0:
+            taken = self._outbox.take(now, config.max_rows, config.retry_after_s, self._lane)
+            if not self._send_all(taken, now) or len(taken) < config.max_rows:
+                return
+
+    def _send_all(self, taken: Sequence[tuple[Item, int]], now: float) -> bool:
+        """Send in as few messages as may be. False when the link did not take them all; the others are due again."""
+        sent = [
+            self._send(model, items, replay=replay, now=now)
+            for (_, _, model, replay), group in group_by_model(taken).items()
+            for items in _split(group)
+        ]
+        return all(sent)
+
+    def _send(self, model: str, items: list[Item], *, replay: bool, now: float) -> bool:
+        keys = [item.key for item in items]
+        request = pb.InferenceRequest(
+            device=self._config.node,
+            epoch=keys[0].epoch,
+            model=model,
+            rows=[pb.InferenceRow.FromString(item.payload) for item in items],
+            answer_within_ms=0 if replay else self._config.answer_within_ms,
+            replay=replay,
+        )
+
+        def done(error: LinkError | None) -> None:
+            if error is None:
+                return
+            if error.permanent:
+                log.error("question refused for ever node=%s rows=%d error=%s", self._config.node, len(keys), error)
+                for key in keys:
+                    self._settle(key, "quarantined")
+            else:
+                self._outbox.make_due(keys, now)
+
+        sent = self._link.publish(
+            Route.INFER,
+            request,
+            correlation=keys[0].seq.to_bytes(8, "big"),
+            # Where the broker still holds it by then, the retry has taken its place.
+            expiry_s=max(1, round(self._config.retry_after_s)),
+            on_done=done,
+            site=self._config.site,
+            node=self._config.node,
+        )
+        if not sent:
+            self._outbox.make_due(keys, now)
+        return sent
+
+    def _on_reply(self, delivery: Delivery) -> None:
+        reply = delivery.message
+        if not isinstance(reply, pb.InferenceReply) or len(reply.epoch) != EPOCH_BYTES:
+            return
+        for row in reply.rows:
+            key = Key(self._config.node, reply.epoch, row.seq)
+            if row.status in _SETTLED:
+                asked_at = self._asked_at.get(row.seq)
+                if self._settle(key, _SETTLED[row.status]):
+                    self._hear(row, asked_at)
+            else:
+                # Not now: again sooner than after silence, and not at once.
+                self._outbox.count(self._config.node, f"replies.{_status_name(row.status)}")
+                self._outbox.make_due([key], self._clock() + _PATIENCE * self._config.retry_after_s)
+
+    def _hear(self, row: pb.RowReply, asked_at: float | None) -> None:
+        if row.status != pb.STATUS_OK:
+            log.warning(
+                "reading refused node=%s seq=%d field=%s: %s", self._config.node, row.seq, row.field, row.message
+            )
+        elif asked_at is not None:  # else it was asked by a process before this one: nobody waits for it any more
+            self._on_answer(row, self._clock() - asked_at)
+
+    def _settle(self, key: Key, outcome: str) -> bool:
+        self._asked_at.pop(key.seq, None)
+        return self._outbox.settle(key, outcome)
+
+    def _turn_away(self, outcome: str) -> None:
+        """Account for a question that never was in the outbox, which counts `accepted` for those that are."""
+        self._outbox.count(self._config.node, "accepted")
+        self._outbox.count(self._config.node, outcome)
+
+    def _send_at_once(self) -> None:
+        self._send_at = 0.0
+
+
+def _status_name(status: int) -> str:
+    # A newer gateway may know more of them; the schema's enums are open.
+    known = pb.Status.DESCRIPTOR.values_by_number.get(status)
+    return "unknown" if known is None else known.name.removeprefix("STATUS_").lower()
+
+
+def _size(item: Item) -> int:
+    return len(item.payload) + _ROW_HEAD_BYTES
+
+
+def _split(items: Sequence[Item]) -> Iterator[list[Item]]:
+    """Split what is too large for one message; each item fits alone."""
+    part: list[Item] = []
+    room = MAX_ROW_BYTES
+    for item in items:
+        if part and _size(item) > room:
+            yield part
+            part, room = [], MAX_ROW_BYTES
+        part.append(item)
+        room -= _size(item)
+    yield part
