@@ -6,6 +6,7 @@ python -m simulator fleet --config fleet.toml
 import json
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -117,6 +118,7 @@ class Fleet:
             raise ConfigError(f"{exc.filename}: {exc.strerror}") from exc
         self._outbox = Outbox(directory / "outbox.sqlite", Limits(200_000, 1 << 30), lane_by_device)
         self._journal = Journal(Path(settings.journal))
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="shoal-disk")
         self._self_test = SharedSelfTest(ChildSelfTest("device_agent.runtime"))
         self._kind = FleetKind(settings.kind)
         self._data = load_shuttle() if self._kind is FleetKind.SENSORS else load_digits()
@@ -171,6 +173,7 @@ class Fleet:
             find_watch=device.watch,
             rng=rng,
             counters=link.counters,
+            disk=self._disk,
         )
         device.model_states = updates.state
         device.clock_suspect = lambda: updates.clock_suspect
@@ -259,6 +262,7 @@ class Fleet:
         for member in self._members:
             member.updates.close()
             member.device.link.close()
+        self._disk.shutdown()
         self._self_test.close()
         self._journal.close()
         self._outbox.close()

@@ -12,10 +12,12 @@ import pickle
 import random
 import sys
 from collections import Counter, deque
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import numpy as np
 
+from shoal.errors import ShoalError
 from shoal.inbox import Inbox
 from shoal.release.client import UpdateClient
 from shoal.release.offer import NodeModel
@@ -72,6 +74,18 @@ class HereSelfTest:
         return HereTrial(path, artefact)
 
 
+class InlineDisk(Executor):
+    """Does the disk's work at once, so that time stays simulated."""
+
+    def submit(self, fn, /, *args, **kwargs):
+        done = Future()
+        try:
+            done.set_result(fn(*args, **kwargs))
+        except (OSError, ShoalError) as exc:
+            done.set_exception(exc)
+        return done
+
+
 class HereTrial:
     def __init__(self, path, artefact):
         self._path, self._artefact = path, artefact
@@ -108,6 +122,7 @@ def main(directory, world_path, wanted):
         activate=activate,
         rng=random.Random(1),
         counters=Counter(),
+        disk=InlineDisk(),
     )
     # strace shows this: faults are counted from here.
     os.access(f"/{MARK}", os.F_OK)

@@ -47,6 +47,7 @@ from shoal.v1.release_pb2 import (
     Tier,
     TrustBundle,
 )
+from tests.shoal.release.conftest import InlineDisk
 
 NOW = dt.datetime(2026, 11, 20, 12, tzinfo=dt.UTC)
 MODEL = "digits"
@@ -131,6 +132,7 @@ class Node:
             activate=lambda _model, _spec, path: self.active.append(path.read_bytes()),
             rng=random.Random(5),
             counters=self.counters,
+            disk=InlineDisk(),
         )
         self.client.start()
 

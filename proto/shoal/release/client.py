@@ -9,6 +9,7 @@ Invariants:
 import logging
 import random
 from collections import Counter
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +47,7 @@ class UpdateClient:
         deactivate: the running model was refused, and there is none to go back to.
         find_watch: what this node has seen of its running model, for probation.
         refresh_jitter_s: news reaches a whole fleet at once; each node waits up to this long before it acts.
+        disk: where artefacts are hashed and synced, which may take seconds; by default a thread of this client's own.
 
     Attributes:
         counters: blobs_fetched, blobs_bad, blobs_retried, trust_refreshes, trust_waits, trust_errors, activations,
@@ -68,6 +70,7 @@ class UpdateClient:
         deactivate: Deactivate = lambda _: None,
         find_watch: FindWatch = lambda _: None,
         refresh_jitter_s: float = 0.5,
+        disk: Executor | None = None,
     ) -> None:
         self.counters = counters
         self.clock_suspect = False
@@ -77,6 +80,8 @@ class UpdateClient:
         self._rng = rng
         self._refresh_jitter_s = refresh_jitter_s
         self._fetch = BlobFetch(link, rng, counters)
+        # Its thread starts with the first artefact.
+        self._own_disk = ThreadPoolExecutor(1, thread_name_prefix="shoal-disk")
         self._installers = {
             item.model: Installer(
                 node=item,
@@ -87,6 +92,7 @@ class UpdateClient:
                 deactivate=deactivate,
                 find_watch=find_watch,
                 counters=counters,
+                disk=self._own_disk if disk is None else disk,
             )
             for item in models
         }
@@ -133,6 +139,7 @@ class UpdateClient:
         """Stop self-tests and close files; what is staged stays."""
         for installer in self._installers.values():
             installer.close()
+        self._own_disk.shutdown()
 
     def _on_bundle(self, delivery: Delivery) -> None:
         bundle = delivery.message

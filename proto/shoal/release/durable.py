@@ -19,13 +19,18 @@ def sync_directory(directory: Path) -> None:
 def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Replace `path` with `data`: temporary file, fsync, rename, fsync of the directory."""
     temporary = path.with_name(path.name + ".tmp")
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    write_synced(temporary, data, mode)
+    temporary.replace(path)
+    sync_directory(path.parent)
+
+
+def write_synced(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write a file whose bytes, though not yet its name, survive a power cut."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     with os.fdopen(handle, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_directory(path.parent)
 
 
 class DamagedError(ShoalError):
@@ -41,6 +46,8 @@ class CheckedFile:
 
     def __init__(self, path: Path) -> None:
         self._copies = (path.with_suffix(".a"), path.with_suffix(".b"))
+        # The newest whole copy: its serial number and its place; None until it was looked for, or a write failed.
+        self._newest: tuple[int, int] | None = None
 
     def load(self) -> bytes | None:
         """Return the newest whole copy, or None when none was ever written.
@@ -48,9 +55,11 @@ class CheckedFile:
         Raises:
             DamagedError: something was written, and no copy is whole.
         """
-        found = [copy for copy in map(_read_copy, self._copies) if copy is not None]
-        if found:
-            return max(found)[1]
+        found = self._find()
+        if found is not None:
+            serial, place, body = found
+            self._newest = serial, place
+            return body
         if any(path.exists() for path in self._copies):
             raise DamagedError(f"{self._copies[0]} and its second copy are damaged")
         return None
@@ -59,11 +68,22 @@ class CheckedFile:
         """Make the first version, in both copies, so that no later save has to make a name durable."""
         for path in self._copies:
             write_atomic(path, _signed(0, body))
+        self._newest = 0, 1
 
     def save(self, body: bytes) -> None:
         """Write over the older copy."""
-        serials = [copy[0] if (copy := _read_copy(path)) else -1 for path in self._copies]
-        _overwrite(self._copies[serials.index(min(serials))], _signed(max(serials) + 1, body))
+        if self._newest is None:
+            found = self._find()
+            self._newest = (-1, 1) if found is None else found[:2]
+        serial, place = self._newest
+        self._newest = None
+        _overwrite(self._copies[1 - place], _signed(serial + 1, body))
+        self._newest = serial + 1, 1 - place
+
+    def _find(self) -> tuple[int, int, bytes] | None:
+        """The newest whole copy: its serial number, its place and what it says."""
+        whole = [(copy[0], place, copy[1]) for place, path in enumerate(self._copies) if (copy := _read_copy(path))]
+        return max(whole, default=None)
 
 
 def _signed(serial: int, body: bytes) -> bytes:

@@ -4,12 +4,14 @@ Invariants:
 - what runs was self-tested here, or was confirmed before, and its bytes were hashed before this start;
 - a model on probation is confirmed or refused by what the node saw of it, and what is refused stops answering;
 - the state on disk is saved before what it describes happens;
-- one release is worked on at a time, and a newer plan replaces it; chunks that have arrived are kept.
+- one release is worked on at a time, and a newer plan replaces it; chunks that have arrived are kept;
+- what takes long, the disk's sync and the self-test, is polled: the loop never waits for it.
 """
 
 import logging
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, replace
 from enum import Enum, unique
 from pathlib import Path
@@ -24,7 +26,7 @@ from shoal.release.offer import Lookup, NodeModel, find_artefact
 from shoal.release.probation import Decision, Watch
 from shoal.release.probation import Outcome as Fitness
 from shoal.release.selftest import Outcome, SelfTester, Trial
-from shoal.release.slot_store import SlotStore, Staging
+from shoal.release.slot_store import Identity, SlotStore, Staging
 from shoal.release.slots import Content, Phase, Slots
 from shoal.release.trust import TrustedPlan
 from shoal.v1.node_pb2 import ModelState
@@ -49,6 +51,7 @@ class _Step(Enum):
     CHECK = "check"
     ARTEFACT = "artefact"
     READY = "ready"
+    ADMISSION = "admission"
     TESTING = "testing"
 
 
@@ -83,9 +86,11 @@ class Installer:
         deactivate: Deactivate,
         find_watch: FindWatch,
         counters: Counter[str],
+        disk: Executor,
     ) -> None:
         self._node = node
         self._store = store
+        self._disk = disk
         self._blobs = blobs
         self._self_test = self_test
         self._activate = activate
@@ -98,6 +103,7 @@ class Installer:
         self._step = _Step.IDLE
         self._goal: _Goal | None = None
         self._spec_fetch: FileFetch | None = None
+        self._admission: Future[Identity] | None = None
         self._trial: Trial | None = None
         self._watched_since: float | None = None
         self._paused_until = 0.0
@@ -168,6 +174,8 @@ class Installer:
                 self._check_spec()
             elif self._step is _Step.READY and not self._slots.on_probation:
                 self._install(now)
+            elif self._step is _Step.ADMISSION:
+                self._poll_admission(now)
             elif self._step is _Step.TESTING:
                 self._poll_trial(now)
         except OSError as exc:
@@ -292,7 +300,7 @@ class Installer:
         if self._store.has(artefact.sha256):
             return
         assembler = Assembler(manifest)
-        goal.staging = self._store.stage(artefact.sha256, assembler)
+        goal.staging = self._store.stage(artefact.sha256, goal.spec_data, assembler)
         if not assembler.complete:
             self._step = _Step.ARTEFACT
             self._blobs.want(assembler.missing(), self._on_chunk)
@@ -310,28 +318,43 @@ class Installer:
             self._step = _Step.READY
 
     def _install(self, now: float) -> None:
-        """Move the artefact to its slot and start its self-test."""
+        """Bring the artefact and its spec to where slots find them, unless they are there already."""
         goal = self._goal
         if goal is None or goal.artefact is None:
             return
         if goal.staging is not None:
-            try:
-                self._store.admit(goal.staging)
-            except ModelError as exc:
-                self._refuse_goal(str(exc))
-                return
-            goal.staging = None
-        elif not self._store.has(goal.artefact.sha256):
+            self._admission = self._disk.submit(self._store.admit, goal.staging)
+            self._step = _Step.ADMISSION
+            self._poll_admission(now)
+        elif self._store.has(goal.artefact.sha256):
+            self._store.put(goal.spec_data)
+            self._write_slot(goal, goal.artefact, now)
+        else:
             self._fetch_artefact(goal, goal.artefact)
+
+    def _poll_admission(self, now: float) -> None:
+        goal, admission = self._goal, self._admission
+        if goal is None or goal.artefact is None or admission is None or not admission.done():
             return
-        self._store.put(goal.spec_data)
+        self._admission = None
+        self._step = _Step.READY
+        try:
+            self._store.recognise(goal.artefact.sha256, admission.result())
+        except ModelError as exc:
+            self._refuse_goal(str(exc))
+            return
+        goal.staging = None
+        self._write_slot(goal, goal.artefact, now)
+
+    def _write_slot(self, goal: _Goal, artefact: Artefact, now: float) -> None:
+        """Put the release into the spare slot and start its self-test."""
         spare = self._slots.spare
         if spare.phase is not Phase.WRITTEN or spare.content != goal.content:
             self._slots = self._slots.write(goal.content)  # saved together with the attempt that follows
         if self._slots.spare.tries_left == 0:
             self._refuse_written("it did not survive its self-tests")
         else:
-            self._begin_trial(goal.artefact, now)
+            self._begin_trial(artefact, now)
 
     def _begin_trial(self, artefact: Artefact, now: float) -> None:
         self._save(self._slots.attempt())
@@ -377,9 +400,18 @@ class Installer:
         """Nothing half-written is believed: what is staged will be hashed again."""
         self._counters["install_errors"] += 1
         log.warning("install paused model=%s error=%s", self._node.model, error)
-        if self._goal is not None and self._goal.staging is not None:
-            self._goal.staging.close()
-            self._goal.staging = None
+        if self._goal is not None:
+            self._close_staging(self._goal)
+        if self._step is _Step.ADMISSION:
+            self._step = _Step.READY
+
+    def _close_staging(self, goal: _Goal) -> None:
+        if self._admission is not None and not self._admission.cancel():
+            wait([self._admission])  # its thread uses the file that is closed next
+        self._admission = None
+        if goal.staging is not None:
+            goal.staging.close()
+            goal.staging = None
 
     def _note_refusal(self, release: int, reason: str) -> None:
         self._counters["refused_releases"] += 1
@@ -397,8 +429,8 @@ class Installer:
             self._spec_fetch = None
         if goal is not None and goal.artefact is not None:
             self._blobs.forget(goal.artefact.chunks, self._on_chunk)
-        if goal is not None and goal.staging is not None:
-            goal.staging.close()
+        if goal is not None:
+            self._close_staging(goal)
         if self._trial is not None:
             self._trial.cancel()
             self._trial = None

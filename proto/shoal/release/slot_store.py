@@ -7,9 +7,12 @@
 A file is in `files/` before the state names it and leaves only after the state no longer does, so that the state
 alone decides what runs and one atomic write switches it.
 
-Synced are, in this order: the artefact's bytes, the spec, the names of both, then each state; chunks on their way are
-not. What a power cut makes of `staging/`, or of `files/` before a state names it, has another digest than its name, and
-is fetched again.
+Synced are, in this order: the artefact's bytes and the spec, the names of both, then each state; chunks on their way
+are not. What a power cut makes of `staging/`, or of `files/` before a state names it, has another digest than its name,
+and is fetched again.
+
+`admit` hashes and syncs a whole artefact, which may take seconds on a card. It touches nothing that a state names, so
+that another thread can do it; everything else is quick and belongs to the loop.
 """
 
 import contextlib
@@ -22,10 +25,13 @@ from typing import Any
 
 from shoal.errors import ModelError
 from shoal.release.chunks import Assembler, digest
-from shoal.release.durable import CheckedFile, DamagedError, write_atomic
+from shoal.release.durable import CheckedFile, DamagedError, sync_directory, write_atomic, write_synced
 from shoal.release.slots import Content, Phase, Refusal, Slot, Slots
 
 log = logging.getLogger(__name__)
+
+# Of a file: inode, size in bytes, and when it was written in nanoseconds.
+Identity = tuple[int, int, int]
 
 
 class SlotStore:
@@ -37,7 +43,9 @@ class SlotStore:
         self._staging = directory / "staging"
         self._state = CheckedFile(directory / "state")
         # What a file was like when its digest was right; a start begins with nothing.
-        self._whole: dict[bytes, tuple[int, int, int]] = {}
+        self._whole: dict[bytes, Identity] = {}
+        # The names that are being admitted, which no state has yet: not to be swept.
+        self._incoming: frozenset[str] = frozenset()
 
     def open(self) -> Slots:
         """Return the slots as they were saved; empty ones where nothing usable was."""
@@ -82,33 +90,42 @@ class SlotStore:
         return True
 
     def put(self, data: bytes) -> None:
-        """Keep a file; on return it is durable, and so is the name of every artefact admitted before."""
+        """Keep a file; on return it is durable."""
         write_atomic(self.path(digest(data)), data)
 
-    def stage(self, sha256: bytes, assembler: Assembler) -> "Staging":
+    def stage(self, sha256: bytes, spec_data: bytes, assembler: Assembler) -> "Staging":
         """Open the staging file of an artefact and tell `assembler` which chunks it has; others are removed."""
         path = self._staging / sha256.hex()
         for other in self._staging.iterdir():
             if other != path:
                 other.unlink()
-        return Staging(path, sha256, assembler)
+        staging = Staging(path, sha256, spec_data, assembler)
+        self._incoming = frozenset((path.name, staging.spec_path.name))
+        return staging
 
-    def admit(self, staging: "Staging") -> None:
-        """Move a complete staging file to where slots find it, once all of it is verified and durable.
-
-        Its new name is durable with the `put` that follows: one sync of the directory for both.
+    def admit(self, staging: "Staging") -> Identity:
+        """Move what has arrived to where slots find it, verified and durable; hand the result to `recognise`.
 
         Raises:
             ModelError: the chunks do not add up to the artefact that was signed.
         """
-        found = staging.finish()
+        staging.seal()
         staging.path.replace(self.path(staging.sha256))
-        self._whole[staging.sha256] = found
+        staging.spec_path.replace(self._files / staging.spec_path.name)
+        sync_directory(self._files)
+        return _identity(self.path(staging.sha256))
+
+    def recognise(self, sha256: bytes, identity: Identity) -> None:
+        """Take an artefact that was admitted for whole as long as its file stays as it is."""
+        self._whole[sha256] = identity
 
     def _sweep(self, slots: Slots) -> None:
         named = {item for slot in slots.pair for item in (slot.content.sha256, slot.content.spec_sha256)}
         self._whole = {sha256: found for sha256, found in self._whole.items() if sha256 in named}
         keep = {sha256.hex() for sha256 in named}
+        if self._incoming <= keep:
+            self._incoming = frozenset()
+        keep |= self._incoming
         for path in self._files.iterdir():
             if path.name not in keep:
                 with contextlib.suppress(OSError):  # the state is saved already; the next sweep tries again
@@ -116,11 +133,13 @@ class SlotStore:
 
 
 class Staging:
-    """An artefact on its way: chunks go to their places as they come, in any order."""
+    """An artefact on its way, with the spec that describes it: chunks go to their places as they come, in any order."""
 
-    def __init__(self, path: Path, sha256: bytes, assembler: Assembler) -> None:
+    def __init__(self, path: Path, sha256: bytes, spec_data: bytes, assembler: Assembler) -> None:
         self.path = path
         self.sha256 = sha256
+        self.spec_path = path.with_name(digest(spec_data).hex())
+        self._spec_data = spec_data
         self._assembler = assembler
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         assembler.restore(path.read_bytes())
@@ -131,8 +150,8 @@ class Staging:
             os.pwrite(self._handle, payload, offset)
         return self._assembler.complete
 
-    def finish(self) -> tuple[int, int, int]:
-        """Verify and sync the whole file, close it, and return its identity; what is not good is removed.
+    def seal(self) -> None:
+        """Verify all of it, make it durable and close it; what is not good is removed.
 
         Raises:
             ModelError: the chunks do not add up to the artefact that was signed.
@@ -149,7 +168,7 @@ class Staging:
                 self.path.unlink()
             raise
         self.close()
-        return _identity(self.path)
+        write_synced(self.spec_path, self._spec_data)
 
     def close(self) -> None:
         if self._handle >= 0:
@@ -162,7 +181,7 @@ def _digest_file(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def _identity(path: Path) -> tuple[int, int, int]:
+def _identity(path: Path) -> Identity:
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns
 

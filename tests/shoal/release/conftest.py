@@ -4,6 +4,7 @@ import datetime as dt
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from cloud.release_orders import submit_plan, submit_release
 from cloud.release_store import ReleaseStore
 from cloud.repository import ROLLOUT, first_generation
 from shoal.codec import encode
-from shoal.errors import LinkError
+from shoal.errors import LinkError, ShoalError
 from shoal.inbox import Inbox
 from shoal.link_config import node_identity
 from shoal.release.client import UpdateClient
@@ -245,6 +246,18 @@ def spec_for(model: str, parent: int, tier: Tier) -> ReleaseSpec:
     return ReleaseSpec(model=model, parent=parent, artefacts=[artefact], metrics_ppm={"accuracy": 990_000})
 
 
+class InlineDisk(Executor):
+    """Does the disk's work at once, so that time stays simulated."""
+
+    def submit(self, fn, /, *args, **kwargs):
+        done = Future()
+        try:
+            done.set_result(fn(*args, **kwargs))
+        except (OSError, ShoalError) as exc:
+            done.set_exception(exc)
+        return done
+
+
 class Node:
     """A node with its update client; `active` is what it was told to run, `watch` what it sees of that, if at all."""
 
@@ -259,6 +272,7 @@ class Node:
         self.baseline: Baseline | None = None
         self.watch: Watch | None = None
         self.self_test = ScriptedSelfTest()
+        self.disk: Executor = InlineDisk()
         self.now = 0.0
         self.boot()
 
@@ -278,6 +292,7 @@ class Node:
             find_watch=lambda _: self.watch,
             rng=random.Random(5),
             counters=self.counters,
+            disk=self.disk,
         )
         self.client.start()
 

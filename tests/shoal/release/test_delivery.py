@@ -1,9 +1,12 @@
 """From a submitted release to a running model, through the real publisher, trust, transfer and slots, in memory."""
 
 import random
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from threading import Event
 
 import pytest
 
+from shoal.release import installer
 from shoal.release.chunks import CHUNK_BYTES, digest, split
 from shoal.release.plan import cohort
 from shoal.release.selftest import Outcome, Verdict
@@ -348,3 +351,91 @@ def test_publisher_clearing_a_blob_mid_transfer_is_no_chunk(cloud, make_node):
     cloud.broker.retained[name] = payload
     node.run(20)
     assert node.active == [(1, data)]
+
+
+class SlowDisk(Executor):
+    """A card that takes its time: work is done, in a thread, once `go` is set."""
+
+    def __init__(self) -> None:
+        self.go = Event()
+        self.jobs: list[Future] = []
+        self._thread = ThreadPoolExecutor(1)
+
+    def submit(self, fn, /, *args, **kwargs):
+        def work():
+            assert self.go.wait(30)
+            return fn(*args, **kwargs)
+
+        self.jobs.append(self._thread.submit(work))
+        return self.jobs[-1]
+
+    def finish(self) -> None:
+        self.go.set()
+        for job in self.jobs:
+            job.exception(30)
+        self._thread.shutdown()
+
+
+@pytest.fixture
+def slow_disk():
+    disk = SlowDisk()
+    yield disk
+    disk.finish()
+
+
+def test_loop_goes_on_while_the_disk_takes_its_time(cloud, make_node, slow_disk):
+    """A node answers with what it has until the new artefact is durable, however long that takes."""
+    node = make_node()
+    cloud.ship(model_bytes(1))
+    node.run()
+    node.disk = slow_disk
+    node.client.close()
+    node.boot()
+    cloud.ship(model_bytes(2), parent=1)
+    node.run(60)
+    assert [release for release, _ in node.active] == [1, 1]
+    slow_disk.finish()
+    node.run(5)
+    assert node.active[-1] == (2, model_bytes(2))
+
+
+def test_model_refused_while_the_disk_works_does_not_take_the_new_one_along(cloud, make_node, slow_disk):
+    """Saving a state sweeps what no state names, but not what is just being admitted."""
+    node = make_node()
+    cloud.ship(model_bytes(1))
+    node.run(15)
+    node.disk = slow_disk
+    node.client.close()
+    node.boot()
+    cloud.ship(model_bytes(2), parent=1)
+    node.run(5)
+    assert len(slow_disk.jobs) == 1
+    slow_disk.finish()
+    node.client.fail("digits", "it answers nonsense")
+    node.run(15)
+    assert node.active[-1] == (2, model_bytes(2))
+    assert node.counters["blobs_fetched"] < 20  # its chunks came once
+
+
+def test_plan_withdrawn_while_the_disk_works_waits_for_it(cloud, make_node, slow_disk, monkeypatch):
+    """A newer plan closes files only when the thread that uses them is done."""
+
+    def wait_for(jobs):
+        slow_disk.go.set()
+        return wait(jobs)
+
+    monkeypatch.setattr(installer, "wait", wait_for)
+    node = make_node()
+    node.disk = slow_disk
+    node.client.close()
+    node.boot()
+    cloud.ship(model_bytes(1))
+    node.run(5)
+    assert [job.done() for job in slow_disk.jobs] == [False]
+    cloud.ship(model_bytes(2), parent=1)
+    for _ in range(20):
+        node.run(0.5)
+        if slow_disk.go.is_set():
+            for job in slow_disk.jobs:
+                job.result(30)
+    assert node.active == [(2, model_bytes(2))]

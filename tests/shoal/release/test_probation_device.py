@@ -22,7 +22,7 @@ from shoal.tensors import to_tensor
 from shoal.v1 import release_pb2 as pb
 from shoal.v1.node_pb2 import SlotPhase
 from shoal.v1.sensor_pb2 import TIME_QUALITY_SUSPECT, TIME_QUALITY_SYNCED
-from tests.shoal.release.conftest import MODEL, InlineSelfTest, NodeLink
+from tests.shoal.release.conftest import MODEL, InlineDisk, InlineSelfTest, NodeLink
 
 pytestmark = pytest.mark.device
 
@@ -78,6 +78,7 @@ class Sensor:
             find_watch=self.device.watch,
             rng=random.Random(4),
             counters=Counter(),
+            disk=InlineDisk(),
         )
         self.device.model_states = self.updates.state
         self.device.clock_suspect = lambda: self.updates.clock_suspect

@@ -23,7 +23,7 @@ from shoal.tensors import to_tensor  # noqa: E402
 from shoal.v1 import inference_pb2, sensor_pb2  # noqa: E402
 from shoal.v1 import release_pb2 as pb  # noqa: E402
 from shoal.v1.node_pb2 import SlotPhase  # noqa: E402
-from tests.shoal.release.conftest import MODEL, InlineSelfTest, NodeLink  # noqa: E402
+from tests.shoal.release.conftest import MODEL, InlineDisk, InlineSelfTest, NodeLink  # noqa: E402
 
 SITE, NODE, CAMERA = "plant", "gw-1", "cam-1"
 PROBATION_S = 10.0
@@ -89,6 +89,7 @@ class Served:
             find_watch=self.gateway.watch,
             rng=random.Random(4),
             counters=self.gateway.counters,
+            disk=InlineDisk(),
         )
         self.gateway.model_states = self.updates.state
         self.updates.start()

@@ -17,11 +17,10 @@ pytestmark = pytest.mark.device
 
 
 def keep(store: SlotStore, artefact: bytes, spec: bytes) -> None:
-    """As an install does: the artefact by its chunks, then the spec."""
-    staging = store.stage(digest(artefact), Assembler(manifest_of(artefact)))
+    """As an install does: the artefact by its chunks, then both admitted."""
+    staging = store.stage(digest(artefact), spec, Assembler(manifest_of(artefact)))
     assert staging.accept(digest(artefact), artefact)
-    store.admit(staging)
-    store.put(spec)
+    store.recognise(staging.sha256, store.admit(staging))
 
 
 def content(number: int) -> Content:
@@ -183,7 +182,7 @@ def test_save_sweeps_files_that_no_slot_names(tmp_path: Path):
     """Files leave only after the state has stopped naming them."""
     store = SlotStore(tmp_path)
     store.open()
-    for number in (1, 2):
+    for number in (2, 1):
         keep(store, b"artefact %d" % number, b"spec %d" % number)
     store.save(confirmed(1))
     assert store.load(digest(b"artefact 1")) == b"artefact 1"
@@ -240,7 +239,7 @@ def test_chunks_that_make_another_file_are_refused(tmp_path: Path):
     """Each chunk may be right and the whole still not what was signed."""
     store = SlotStore(tmp_path)
     store.open()
-    staging = store.stage(digest(b"what was signed"), Assembler(manifest_of(b"abcd", 2)))
+    staging = store.stage(digest(b"what was signed"), b"spec", Assembler(manifest_of(b"abcd", 2)))
     assert not staging.accept(digest(b"ab"), b"ab")
     assert staging.accept(digest(b"cd"), b"cd")
     with pytest.raises(ModelError, match="another file"):
@@ -250,10 +249,11 @@ def test_chunks_that_make_another_file_are_refused(tmp_path: Path):
 
 def test_damaged_copy_is_the_one_that_is_written_over(tmp_path: Path):
     """However old the whole copy is, even the first of all: it stands until the new one does."""
-    store = SlotStore(tmp_path)
-    store.open()
+    SlotStore(tmp_path).open()
     first = (tmp_path / "state.a").read_bytes()
     (tmp_path / "state.b").write_bytes(b"rubbish")
+    store = SlotStore(tmp_path)
+    store.open()
     store.save(confirmed(1))
     assert (tmp_path / "state.a").read_bytes() == first
     assert store.open() == confirmed(1)
