@@ -96,7 +96,7 @@ def build(settings: CloudSettings, model: ModelSettings) -> BuildReport:
     samples = SampleStore(settings.samples_path)
     # Before they are read, and with those that do not fit: what the trainer compares its own count with.
     labelled = samples.count_labelled(model.name)
-    extra = samples.labelled(model.name, task.shape)
+    extra = samples.labelled(model.name, task.shape, task.classes)
     samples.close()
     last = max((report.release for report in load_reports(settings.builds_dir, model.name)), default=0)
     number = last + 1

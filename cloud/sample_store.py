@@ -7,6 +7,7 @@ Invariants:
 """
 
 import hashlib
+import logging
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from cloud.tasks.base import LabelledSamples
 from shoal.errors import PayloadError
 from shoal.tensors import reading_values
 from shoal.v1.sensor_pb2 import SensorData
+
+log = logging.getLogger(__name__)
 
 # What an integer of SQLite holds; the wire's numbers are unsigned.
 MAX_SEQ = (1 << 63) - 1
@@ -194,10 +197,11 @@ class SampleStore:
         for device, epoch, seq, reference in self._db.execute("SELECT device, epoch, seq, reference FROM samples"):
             yield device, bytes(epoch), seq, reference
 
-    def labelled(self, model: str, shape: tuple[int, ...]) -> LabelledSamples | None:
+    def labelled(self, model: str, shape: tuple[int, ...], classes: int) -> LabelledSamples | None:
         """All labelled samples of a model, oldest first; None when there are none.
 
-        Readings that do not fit the shape (an older schema) are left out.
+        Readings that do not fit the shape (an older schema) and labels outside [0, classes) (a slip of the hand) are
+        left out: one of them must not stop every build to come.
         """
         values: list[NDArray[np.float32]] = []
         labels: list[int] = []
@@ -205,12 +209,20 @@ class SampleStore:
             "SELECT reading, label FROM samples JOIN labels USING (device, epoch, seq) WHERE model = ?"
             " ORDER BY received_at_us, device, seq"
         )
+        left_out = 0
         for reading, label in self._db.execute(query, (model,)):
             try:
-                values.append(reading_values(SensorData.FromString(reading), shape))
+                row = reading_values(SensorData.FromString(reading), shape)
             except PayloadError:
+                left_out += 1
                 continue
+            if not 0 <= label < classes:
+                left_out += 1
+                continue
+            values.append(row)
             labels.append(label)
+        if left_out:
+            log.warning("labelled samples left out model=%s count=%d", model, left_out)
         return LabelledSamples(np.stack(values), np.array(labels, dtype=np.int64)) if values else None
 
     def _number(self, query: str, *arguments: str | None) -> int:

@@ -40,6 +40,7 @@ _HALF_WIDTH_PIXELS = 4
 class DigitsTask:
     model = "digits"
     shape: tuple[int, ...] = (8, 8, 1)
+    classes = _CLASSES
     score: pb.ScoreKind = pb.SCORE_KIND_UNCERTAINTY
     metric_name = "accuracy"
     threshold_rule = ShareRule(device=0.15, gateway=0.10)
@@ -64,7 +65,7 @@ class DigitsTask:
         train, holdout = initial.take(slice(None, -DIGITS_HOLDOUT)), initial.take(slice(-DIGITS_HOLDOUT, None))
         mean, std = train.x.mean(), train.x.std()
         if extra is not None and len(extra):
-            check_extra(extra, self.shape, _CLASSES)
+            check_extra(extra, self.shape, self.classes)
             seen, held = split_extra(extra)
             train = join(train, _balanced(seen, _FIELD_WEIGHT * len(train)), repeats=1)
             holdout = join(holdout, held)

@@ -34,6 +34,8 @@ _LIMITS = GateLimits(min_metric=0.85, max_drop_from_float=0.02, max_drop_from_pa
 class ShuttleTask:
     model = "shuttle"
     shape: tuple[int, ...] = (_CHANNELS,)
+    # 1 is an anomaly.
+    classes = 2
     score: pb.ScoreKind = pb.SCORE_KIND_RECONSTRUCTION
     metric_name = "average_precision"
     threshold_rule = RecallRule(device=0.985, cascade=0.98)
@@ -58,7 +60,7 @@ class ShuttleTask:
         mean, std = _scaling(train.x[train.y == 0])
         train = train.take(train.y == 0)
         if extra is not None and len(extra):
-            check_extra(extra, self.shape, classes=2)
+            check_extra(extra, self.shape, self.classes)
             seen, held = split_extra(extra)
             normal = seen.take(seen.y == 0)
             train = join(train, normal, repeats=min(_MAX_REPEATS, len(train) // max(1, len(normal))))

@@ -251,6 +251,8 @@ def run_demo(options: Options, console: Console) -> int:
     started = time.monotonic()
     # Whoever ends the demo politely gets what Ctrl-C gets: no process is left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else it was started with nohup
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     _clear(options)
     with _broker(options) as (url, name, version), LiveView(console) as view:
         config = make_config(options, url)

@@ -135,12 +135,15 @@ class Loop:
 
     @contextmanager
     def stopping_on_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end `run()` instead of the process."""
+        """SIGINT, SIGTERM and a terminal that hangs up end `run()` instead of the process."""
 
         def handler(_signal: int, _frame: FrameType | None) -> None:
             self.stop()
 
-        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+        wanted = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else it was started with nohup
+            wanted.append(signal.SIGHUP)
+        before = {number: signal.signal(number, handler) for number in wanted}
         try:
             yield
         finally:

@@ -122,7 +122,7 @@ def test_report_counts_labels_as_the_trainer_does(built):
     """Those of samples that fit no more count too: otherwise they would look new for ever, and start build on build."""
     with closing(SampleStore(built.settings.samples_path)) as samples:
         assert built.report.labelled == samples.count_labelled("shuttle") == LABELLED + MISFITS
-        assert len(samples.labelled("shuttle", (9,))) == LABELLED
+        assert len(samples.labelled("shuttle", (9,), 2)) == LABELLED
 
 
 def test_report_is_on_disk(built):

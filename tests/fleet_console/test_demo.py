@@ -322,11 +322,12 @@ def test_ctrl_c_ends_all_of_it(start, tmp_path):
     assert not (tmp_path / "report.json").exists()
 
 
-def test_sigterm_ends_it_like_ctrl_c(start, tmp_path):
-    """As `timeout` and service managers do it, here while the broker is still waited for."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_politeness_ends_it_like_ctrl_c(start, tmp_path, number):
+    """As `timeout`, service managers and closed terminals do it, here while the broker is still waited for."""
     demo = start(f"mqtt://127.0.0.1:{free_port()}")
     assert poll((tmp_path / "run" / "cloud" / "root.json").exists, PATIENCE_S)
-    demo.send_signal(signal.SIGTERM)
+    demo.send_signal(number)
     _, err = demo.communicate(timeout=STOP_S)
     assert (demo.returncode, "Traceback" in err) == (130, False), err
     assert poll(lambda: not processes_of(tmp_path), 1), processes_of(tmp_path)

@@ -122,7 +122,7 @@ def test_other_threads_wake_it(loop):
     thread.join()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_end_it_and_are_given_back(loop, number):
     """A service leaves its loop and says goodbye."""
     before = signal.getsignal(number)
@@ -130,3 +130,13 @@ def test_signals_end_it_and_are_given_back(loop, number):
         loop.call_at(loop.clock(), lambda _now: os.kill(os.getpid(), number))
         loop.run()
     assert signal.getsignal(number) is before
+
+
+def test_nohup_is_respected(loop):
+    """Who ignores the terminal's end when we start means it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with loop.stopping_on_signals():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
