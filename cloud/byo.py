@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from cloud.release_store import ReleaseStore
 from cloud.repository import ROLLOUT
 from cloud.retained import RETAINED_BUDGET_BYTES
 from shoal.errors import ConfigError, ModelError
+from shoal.input_schema import check_input_schema
 from shoal.release.plan import PERMILLE
 from shoal.release.probation import measure_baseline
 from shoal.release.selftest import Limits
@@ -38,6 +40,7 @@ _FORMATS = {
     ".tflite": (pb.TIER_DEVICE, pb.MODEL_FORMAT_TFLITE),
     ".onnx": (pb.TIER_GATEWAY, pb.MODEL_FORMAT_ONNX),
 }
+RESIZES = MappingProxyType({"area": pb.RESIZE_AREA, "nearest": pb.RESIZE_NEAREST})
 _GOLDEN_ROWS = 8
 # A release spec travels as one message of at most 1 MiB; the rest is digests and names.
 _GOLDEN_BYTES = 960 << 10
@@ -69,6 +72,44 @@ class Golden:
 
 
 @dataclass(frozen=True, slots=True)
+class Preparation:
+    """How a node makes the model's inputs of readings.
+
+    Attributes:
+        window: readings in a row that make one input.
+        stride: readings from the start of one window to that of the next; 0: the window's own length.
+        resize: "area" or "nearest": readings are pictures, brought to the model's size.
+        mean, std: subtracted and divided by; one number, or one for each channel.
+    """
+
+    window: int = 1
+    stride: int = 0
+    resize: str | None = None
+    mean: Sequence[float] = (0.0,)
+    std: Sequence[float] = (1.0,)
+
+    def schema(self, shape: tuple[int, ...]) -> pb.InputSchema:
+        """The release's words for it.
+
+        Raises:
+            ModelError: the model's input cannot be made that way.
+        """
+        schema = pb.InputSchema(
+            shape=shape,
+            mean=self.mean,
+            std=self.std,
+            window=self.window if self.window > 1 else 0,
+            stride=self.stride,
+            resize=RESIZES[self.resize] if self.resize else pb.RESIZE_UNSPECIFIED,
+        )
+        check_input_schema(schema)
+        channels = shape[-1] if shape else 1
+        if not len(self.mean) == len(self.std) or len(self.mean) not in (1, channels):
+            raise ModelError(f"{len(self.mean)} means and {len(self.std)} deviations, expected 1 or {channels} of each")
+        return schema
+
+
+@dataclass(frozen=True, slots=True)
 class Described:
     """A file as it was read, and what its release says of it; model and number are still open."""
 
@@ -97,20 +138,25 @@ def load_golden(path: Path) -> Golden:
     return Golden(inputs, outputs, tolerance)
 
 
-def describe(path: Path, golden: Golden | None = None, threshold: float | None = None) -> Described:
+def describe(
+    path: Path,
+    golden: Golden | None = None,
+    threshold: float | None = None,
+    preparation: Preparation | None = None,
+) -> Described:
     """Derive what a release says of a file: one artefact, for devices from TFLite and for gateways from ONNX.
-
-    Readings go in as they are, mean 0 and deviation 1.
 
     Args:
         path: the file.
         golden: what it must answer; by default what it answers here to random inputs.
         threshold: a row whose score exceeds it asks the next layer; by default none does.
+        preparation: how readings become inputs; by default each goes in as it is.
 
     Raises:
         ModelError: it cannot be released; the message says why.
         ConfigError: there is no such file.
     """
+    preparation = preparation or Preparation()
     data = _read(path)
     tier, model_format = _FORMATS[path.suffix]
     facts, rows, outputs, plainly = _probe(path.name, data, golden)
@@ -125,7 +171,7 @@ def describe(path: Path, golden: Golden | None = None, threshold: float | None =
         # Random rows say nothing of live ones; rows that were given do, the more the better.
         baseline=measure_baseline([] if golden is None else score_rows(kind, rows, outputs).scores.tolist()),
     )
-    schema = pb.InputSchema(shape=facts.shape, mean=[0.0], std=[1.0])
+    schema = preparation.schema(facts.shape)
     return Described(data, pb.ReleaseSpec(input=schema, score=kind, artefacts=[artefact]))
 
 

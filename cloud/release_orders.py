@@ -21,9 +21,11 @@ from cloud.repository import ROLLOUT, Generation, delegations_of, parse_role, si
 from cloud.retained import RETAINED_BUDGET_BYTES, LoadFile, check_budget, live_set
 from shoal.codec import decode, encode
 from shoal.errors import ConfigError, ModelError, TrustError
+from shoal.input_schema import check_input_schema
 from shoal.release.chunks import CHUNK_BYTES, digest, manifest_of
 from shoal.release.plan import PERMILLE
 from shoal.release.trust import model_role, parse_target, plan_path, spec_path
+from shoal.scoring import Scaler
 from shoal.v1.release_pb2 import Artefact, ModelFormat, ReleaseSpec, RolloutPlan, Tier
 
 _RELEASE_PATH = re.compile(r"(?:releases|models)/[^/]+/(\d+)[.-][^/]*")
@@ -198,6 +200,8 @@ def _targets_of(roles: Mapping[str, bytes], model: str) -> Targets:
 def _complete(spec: ReleaseSpec, number: int, files: Sequence[bytes], now: dt.datetime) -> ReleaseSpec:
     if len(files) != len(spec.artefacts) or not files:
         raise ModelError(f"{len(spec.artefacts)} artefacts described, {len(files)} files")
+    check_input_schema(spec.input)
+    Scaler(spec.input)
     released = ReleaseSpec()
     released.CopyFrom(spec)
     released.release = number
@@ -248,6 +252,7 @@ def _check_releases(role: str, files: Mapping[str, bytes]) -> None:
         spec = decode(ReleaseSpec, data)
         if role != model_role(spec.model) or path != spec_path(spec.model, spec.release):
             raise TrustError(f"{path} holds release {spec.release} of {spec.model!r}")
+        check_input_schema(spec.input)
         for artefact in spec.artefacts:
             _check_artefact(artefact, files.get(artefact.path))
 

@@ -3,6 +3,7 @@
 import datetime as dt
 import json
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,14 @@ import typer
 
 if TYPE_CHECKING:
     from fleet_console.models import Listed, Listing
+
+
+class Resizing(StrEnum):
+    """The ways to bring a picture to a model's size."""
+
+    AREA = "area"
+    NEAREST = "nearest"
+
 
 release_app = typer.Typer(help="Release a model of your own, and check what is released.", no_args_is_help=True)
 
@@ -36,6 +45,13 @@ def publish(
     threshold: Annotated[
         float | None, typer.Option(help="Scores above this ask the next layer; by default none does.")
     ] = None,
+    window: Annotated[int, typer.Option(min=1, help="Readings in a row that make one input.")] = 1,
+    stride: Annotated[int, typer.Option(min=0, help="Readings between two windows' starts; 0: no overlap.")] = 0,
+    resize: Annotated[
+        Resizing | None, typer.Option(help="Readings are pictures: bring them to the model's size this way.")
+    ] = None,
+    mean: Annotated[list[float] | None, typer.Option(help="Subtracted; once, or once for each channel.")] = None,
+    std: Annotated[list[float] | None, typer.Option(help="Divided by, likewise.")] = None,
 ) -> None:
     """Release a model that was made elsewhere, with a plan that brings it to its targets at once.
 
@@ -50,7 +66,8 @@ def publish(
     from shoal.v1.release_pb2 import ScoreKind  # noqa: PLC0415
 
     settings = load_config(config, CloudSettings)
-    described = byo.describe(file, None if golden is None else byo.load_golden(golden), threshold)
+    preparation = byo.Preparation(window, stride, resize.value if resize else None, mean or [0.0], std or [1.0])
+    described = byo.describe(file, None if golden is None else byo.load_golden(golden), threshold, preparation)
     store, keys = ReleaseStore(settings.releases_dir), FileKeyStore(settings.keys_dir, key_password)
     budget_bytes = settings.retained_budget_bytes
     spec = byo.publish(store, keys, described, model=model, targets=targets or ["*"], budget_bytes=budget_bytes)

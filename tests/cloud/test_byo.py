@@ -372,3 +372,42 @@ def test_random_rows_of_a_quantized_model_are_exact():
     assert row.min() >= -2.0
     assert row.max() <= 2.0 - 1 / 64
     np.testing.assert_array_equal(row * 64, np.rint(row * 64))
+
+
+def test_preparation_travels_with_the_release(tmp_path):
+    """Overlapping windows of two readings, each value with a scale of its own: the device needs no code for it."""
+    path = dense(tmp_path / "m.onnx")
+    described = byo.describe(path, preparation=byo.Preparation(2, 1, mean=[1, 2, 3, 4], std=[1, 1, 2, 2]))
+    schema = described.spec.input
+    assert (list(schema.shape), schema.window, schema.stride, schema.resize) == ([4], 2, 1, pb.RESIZE_UNSPECIFIED)
+    assert (list(schema.mean), list(schema.std)) == ([1, 2, 3, 4], [1, 1, 2, 2])
+
+
+@pytest.mark.parametrize(
+    ("preparation", "reason"),
+    [
+        (byo.Preparation(window=3), "4 values are not a window of 3"),
+        (byo.Preparation(resize="area"), r"no picture can be resized to \[4\]"),
+        (byo.Preparation(window=2, resize="area"), "both a window and a picture"),
+        (byo.Preparation(stride=2, resize="area"), "pictures have no stride"),
+        (byo.Preparation(mean=[1.0, 2.0]), "2 means and 1 deviations"),
+        (byo.Preparation(mean=[1.0, 2.0], std=[1.0, 1.0]), "expected 1 or 4 of each"),
+    ],
+)
+def test_preparation_that_no_device_can_do_is_refused(tmp_path, preparation, reason):
+    """Here, where somebody reads it, and not on ten thousand devices."""
+    with pytest.raises(ModelError, match=reason):
+        byo.describe(dense(tmp_path / "m.onnx"), preparation=preparation)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [pb.InputSchema(shape=[5], window=2), pb.InputSchema(shape=[4], mean=[0.0], std=[0.0])],
+)
+def test_release_with_an_impossible_input_is_never_signed(tmp_path, store, keys, publish_all, schema):
+    """Whoever made the spec: a pipeline of one's own too."""
+    described = byo.describe(dense(tmp_path / "m.onnx"))
+    described.spec.input.CopyFrom(schema)
+    with pytest.raises(ModelError):
+        byo.publish(store, keys, described, model="theirs", targets=["*"])
+    assert publish_all() == (0, 0)
