@@ -8,7 +8,7 @@ EXTRAS := device,sensors,gateway,cloud,simulator,console,dev
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-device demo test test-device lint format proto proto-check bench bench-cache bench-delivery bench-gateway bench-device-step faults-install gateway-requests mutation-trust nightly check clean
+.PHONY: help venv venv-device demo test test-device lint format proto proto-check bench bench-cache bench-delivery bench-gateway bench-ingest bench-device-step faults-install gateway-requests mutation-trust nightly check clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -67,6 +67,9 @@ bench: venv ## Measure what the README and docs quote
 
 bench-delivery: venv ## Measure how a release reaches 500 devices (needs Mosquitto)
 	@$(BIN)/python benchmarks/delivery.py $(ARGS)
+
+bench-ingest: venv ## Measure how fast samples are stored for good, and whether any comes in twice (needs Mosquitto)
+	@PYTHONPATH=. $(BIN)/python benchmarks/ingest.py $(ARGS)
 
 bench-cache: venv ## Measure what the gateway's answer cache saves and costs (minutes)
 	@PYTHONPATH=. $(BIN)/python benchmarks/cache.py $(ARGS)

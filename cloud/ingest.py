@@ -7,9 +7,11 @@ Invariants:
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
 
 from cloud.sample_store import MAX_SEQ, Fate, SampleStore, StoredLabel, StoredSample
 from shoal.commands import CommandDesk
@@ -28,6 +30,11 @@ log = logging.getLogger(__name__)
 SERVICE = "ingest"
 _GROUP = "ingest"
 _MAX_SAMPLES = 4096
+# Of one transaction: more would save nothing, and while it runs the gateways wait for their acks.
+_ENOUGH_SAMPLES = 2048
+
+# A sample that can never be stored, and why.
+Refused = tuple[Sample, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +45,13 @@ class _Batch:
     ack: Callable[[], None]
 
 
-@dataclass(frozen=True, slots=True)
-class _Malformed:
-    """A sample that can never be stored, and where its gateway is told so."""
+class _Group(NamedTuple):
+    """What a gateway sent of one device: rows to store, what can never be one, and where the gateway is told."""
 
     gateway: str
-    sample: Sample
-    reason: str
     answer: SampleAckGroup
+    rows: list[StoredSample]
+    refused: list[Refused]
 
 
 class Ingest:
@@ -57,6 +63,9 @@ class Ingest:
         self._store = store
         self._wall_clock = wall_clock
         self._waiting: list[_Batch] = []
+        self._waiting_samples = 0
+        # Stored, and not yet acknowledged. No more than the link's receive-maximum, for their PUBACKs wait too.
+        self._acks: deque[tuple[_Batch, SampleAck]] = deque()
         CommandDesk(link, CLOUD_SITE, SERVICE, {"add_labels": self.add_labels}, wall_clock)
         link.subscribe(Route.SAMPLE, self._on_batch, group=_GROUP, ack_late=True)
 
@@ -64,51 +73,67 @@ class Ingest:
         message = delivery.message
         if not isinstance(message, SampleBatch) or message.gateway != delivery.address.node:
             raise PayloadError(f"not the batch of {delivery.address.node!r}", field="gateway")
-        if sum(len(group.samples) for group in message.groups) > _MAX_SAMPLES:
+        count = sum(len(group.samples) for group in message.groups)
+        if count > _MAX_SAMPLES:
             raise PayloadError(f"more than {_MAX_SAMPLES} samples", field="groups")
         self._waiting.append(_Batch(delivery.address.site, message.gateway, message, delivery.ack))
+        self._waiting_samples += count
+        if self._waiting_samples >= _ENOUGH_SAMPLES:
+            self.flush()
+            self._link.flush()
 
     def flush(self) -> None:
         """Store everything that has arrived in one transaction, then acknowledge it."""
-        if not self._waiting:
-            return
-        now_us = int(self._wall_clock() * 1e6)
-        acks = [SampleAck() for _ in self._waiting]
-        good: list[tuple[StoredSample, SampleAckGroup]] = []
-        bad: list[_Malformed] = []
-        for batch, ack in zip(self._waiting, acks, strict=True):
+        if self._waiting:
+            self._store_waiting(int(self._wall_clock() * 1e6))
+        self._acknowledge()
+
+    def _store_waiting(self, now_us: int) -> None:
+        groups: list[_Group] = []
+        acks: list[tuple[_Batch, SampleAck]] = []
+        for batch in self._waiting:
+            ack = SampleAck()
+            acks.append((batch, ack))
             for group in batch.message.groups:
                 answer = ack.groups.add(device=group.device, epoch=group.epoch)
-                for sample in group.samples:
-                    try:
-                        good.append((_stored(batch.gateway, group, sample, now_us), answer))
-                    except PayloadError as exc:
-                        bad.append(_Malformed(batch.gateway, sample, str(exc), answer))
-        fates = self._store.add(sample for sample, _ in good)
-        batches, self._waiting = self._waiting, []
-        self._judge(good, fates, now_us)
-        for malformed in bad:
-            self._set_aside(malformed, now_us)
-        for batch, ack in zip(batches, acks, strict=True):
-            # Unsent, the gateway sends again and is told that they are duplicates.
-            self._link.publish(Route.ACK, ack, site=batch.site, node=batch.gateway)
+                groups.append(_Group(batch.gateway, answer, *read_group(batch.gateway, group, now_us)))
+        fates = iter(self._store.add([row for group in groups for row in group.rows]))
+        self._waiting, self._waiting_samples = [], 0
+        for read in groups:
+            self._judge(read, list(islice(fates, len(read.rows))), now_us)
+            for sample, reason in read.refused:
+                self._set_aside(read, sample, reason, now_us)
+        self._acks.extend(acks)
+
+    def _acknowledge(self) -> None:
+        while self._acks:
+            batch, ack = self._acks[0]
+            sent = self._link.publish(Route.ACK, ack, site=batch.site, node=batch.gateway)
+            if not sent and self._link.connected:
+                return  # the window is full; the next PUBACK makes room
+            self._acks.popleft()
+            # Unsent means that the link is gone: the gateway sends again and is told that they are duplicates.
             batch.ack()
 
-    def _judge(self, good: list[tuple[StoredSample, SampleAckGroup]], fates: list[Fate], now_us: int) -> None:
-        for (sample, answer), fate in zip(good, fates, strict=True):
-            self.counters[f"samples.{fate.value}"] += 1
+    def _judge(self, group: _Group, fates: list[Fate], now_us: int) -> None:
+        """Answer for the rows of a group, whose fates are known."""
+        for fate in set(fates):
+            self.counters[f"samples.{fate.value}"] += fates.count(fate)
+        if Fate.CONFLICT not in fates:
+            group.answer.stored.extend([row.seq for row in group.rows])
+            return
+        for row, fate in zip(group.rows, fates, strict=True):
             if fate is Fate.CONFLICT:
-                self._store.set_aside(sample.gateway, "the key is stored with other bytes", sample.reading, now_us)
-                answer.quarantined.append(sample.seq)
+                self._store.set_aside(row.gateway, "the key is stored with other bytes", row.reading, now_us)
+                group.answer.quarantined.append(row.seq)
             else:
-                answer.stored.append(sample.seq)
+                group.answer.stored.append(row.seq)
 
-    def _set_aside(self, malformed: _Malformed, now_us: int) -> None:
-        gateway, seq = malformed.gateway, malformed.sample.reading.seq
+    def _set_aside(self, group: _Group, sample: Sample, reason: str, now_us: int) -> None:
         self.counters["samples.malformed"] += 1
-        log.warning("sample set aside gateway=%s seq=%d error=%s", gateway, seq, malformed.reason)
-        self._store.set_aside(gateway, malformed.reason, malformed.sample.SerializeToString(), now_us)
-        malformed.answer.quarantined.append(seq)
+        log.warning("sample set aside gateway=%s seq=%d error=%s", group.gateway, sample.reading.seq, reason)
+        self._store.set_aside(group.gateway, reason, sample.SerializeToString(), now_us)
+        group.answer.quarantined.append(sample.reading.seq)
 
     def add_labels(self, action: command_pb2.AddLabels) -> str:
         """Store labels; they may come before their samples.
@@ -132,34 +157,43 @@ class Ingest:
         return f"{count} labels stored"
 
 
-def _stored(gateway: str, group: SampleGroup, sample: Sample, now_us: int) -> StoredSample:
-    parse_id(group.device, "groups.device")
-    parse_id(group.model, "groups.model")
-    check_epoch(group.epoch)
-    check_identity(group.device, group.epoch, sample.reading)
-    _check_seq(sample.reading.seq, "reading.seq")
-    if sample.reading.WhichOneof("value") is None:
-        raise PayloadError("carries no value", field="reading")
-    device = sample.device_answer if sample.HasField("device_answer") else None
-    served = sample.gateway_answer if sample.HasField("gateway_answer") else None
-    return StoredSample(
-        device=group.device,
-        epoch=group.epoch,
-        seq=sample.reading.seq,
-        model=group.model,
-        gateway=gateway,
-        reason=sample.reason,
-        reference=sample.reading.reference,
-        captured_at_us=sample.reading.captured_at_us,
-        received_at_us=now_us,
-        reading=sample.reading.SerializeToString(deterministic=True),
-        device_release=device.release if device else None,
-        device_score=device.score if device else None,
-        device_label=_label(device),
-        gateway_release=served.release if served else None,
-        gateway_score=served.score if served else None,
-        gateway_label=_label(served),
-    )
+def read_group(gateway: str, group: SampleGroup, now_us: int) -> tuple[list[StoredSample], list[Refused]]:
+    """Rows of the store from what a gateway sent, and what can never be one."""
+    device, epoch, model = group.device, group.epoch, group.model
+    try:
+        parse_id(device, "groups.device")
+        parse_id(model, "groups.model")
+        check_epoch(epoch)
+    except PayloadError as exc:
+        return [], [(sample, str(exc)) for sample in group.samples]
+    good: list[StoredSample] = []
+    bad: list[Refused] = []
+    for sample in group.samples:
+        reading = sample.reading
+        try:
+            check_identity(device, epoch, reading)
+            if reading.WhichOneof("value") is None:
+                raise PayloadError("carries no value", field="reading")  # noqa: TRY301  as the check beside it does
+        except PayloadError as exc:
+            bad.append((sample, str(exc)))
+            continue
+        good.append(
+            StoredSample(
+                device,
+                epoch,
+                reading.seq,
+                model,
+                gateway,
+                sample.reason,
+                reading.reference,
+                reading.captured_at_us,
+                now_us,
+                reading.SerializeToString(deterministic=True),
+                *_said(sample.device_answer if sample.HasField("device_answer") else None),
+                *_said(sample.gateway_answer if sample.HasField("gateway_answer") else None),
+            )
+        )
+    return good, bad
 
 
 def _check_seq(seq: int, field: str) -> None:
@@ -167,5 +201,8 @@ def _check_seq(seq: int, field: str) -> None:
         raise PayloadError(f"{seq}, expected at most {MAX_SEQ}", field=field)
 
 
-def _label(answer: Answer | None) -> int | None:
-    return answer.label if answer is not None and answer.HasField("label") else None
+def _said(answer: Answer | None) -> tuple[int | None, float | None, int | None]:
+    """Release, score and label."""
+    if answer is None:
+        return None, None, None
+    return answer.release, answer.score, answer.label if answer.HasField("label") else None

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, unique
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,9 +41,8 @@ class Fate(Enum):
     CONFLICT = "conflict"
 
 
-@dataclass(frozen=True, slots=True)
-class StoredSample:
-    """One row of the store. Scores and labels are None where there was no answer.
+class StoredSample(NamedTuple):
+    """One row of the store, in the order of its columns. Scores and labels are None where there was no answer.
 
     Attributes:
         reading: a serialised `shoal.v1.SensorData`.
@@ -65,10 +65,6 @@ class StoredSample:
     gateway_release: int | None
     gateway_score: float | None
     gateway_label: int | None
-
-    @property
-    def key(self) -> tuple[str, bytes, int]:
-        return self.device, self.epoch, self.seq
 
     @property
     def digest(self) -> bytes:
@@ -109,6 +105,7 @@ _SAMPLE_COLUMNS = {
     "digest": bytes,
 }
 _KEY = ("device", "epoch", "seq")
+INSERT_SAMPLE = f"INSERT INTO samples VALUES ({', '.join('?' * len(_SAMPLE_COLUMNS))})"  # noqa: S608  our own names
 
 
 class SampleStore:
@@ -146,20 +143,16 @@ class SampleStore:
 
     def add(self, samples: Iterable[StoredSample]) -> list[Fate]:
         """Store what is new, in one transaction; say what became of each."""
-        fates = []
-        insert = f"INSERT INTO samples VALUES ({', '.join('?' * len(_SAMPLE_COLUMNS))})"  # noqa: S608  our own names
-        with self._transaction():
-            for sample in samples:
-                digest = sample.digest
-                found = self._db.execute(
-                    "SELECT digest FROM samples WHERE device = ? AND epoch = ? AND seq = ?", sample.key
-                ).fetchone()
-                if found is None:
-                    self._db.execute(insert, (*_columns(sample), digest))
-                    fates.append(Fate.STORED)
-                else:
-                    fates.append(Fate.DUPLICATE if bytes(found[0]) == digest else Fate.CONFLICT)
-        return fates
+        rows = [(*sample, sample.digest) for sample in samples]
+        with self._transaction() as connection:
+            try:
+                connection.executemany(INSERT_SAMPLE, rows)
+            except sqlite3.IntegrityError:
+                # Rare, and a statement for each row: something of it was here before.
+                connection.execute("ROLLBACK")
+                connection.execute("BEGIN IMMEDIATE")
+                return [_add_one(connection, row) for row in rows]
+        return [Fate.STORED] * len(rows)
 
     def set_aside(self, gateway: str, reason: str, payload: bytes, received_at_us: int) -> None:
         """Keep what was refused, for people."""
@@ -174,8 +167,8 @@ class SampleStore:
             (item.device, item.epoch, item.seq, item.label, item.source, item.author, item.labelled_at_us)
             for item in labels
         ]
-        with self._transaction():
-            self._db.conn.executemany("INSERT OR REPLACE INTO labels VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        with self._transaction() as connection:
+            connection.executemany("INSERT OR REPLACE INTO labels VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
         return len(rows)
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -229,10 +222,10 @@ class SampleStore:
         return int(self._db.execute(query, arguments).fetchone()[0])
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
         self._db.execute("BEGIN IMMEDIATE")
         try:
-            yield
+            yield self._db.conn
             self._db.execute("COMMIT")
         except BaseException:
             # Where the disk is full, SQLite may have rolled back by itself.
@@ -241,5 +234,10 @@ class SampleStore:
             raise
 
 
-def _columns(sample: StoredSample) -> tuple[object, ...]:
-    return tuple(getattr(sample, name) for name in list(_SAMPLE_COLUMNS)[:-1])
+def _add_one(connection: sqlite3.Connection, row: tuple[object, ...]) -> Fate:
+    query = "SELECT digest FROM samples WHERE device = ? AND epoch = ? AND seq = ?"
+    found = connection.execute(query, row[: len(_KEY)]).fetchone()
+    if found is None:
+        connection.execute(INSERT_SAMPLE, row)
+        return Fate.STORED
+    return Fate.DUPLICATE if bytes(found[0]) == row[-1] else Fate.CONFLICT

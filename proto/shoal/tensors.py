@@ -137,7 +137,9 @@ def check_identity(device: str, epoch: bytes, reading: SensorData, field: str = 
         raise PayloadError("differs from the message's epoch", field=f"{field}.epoch")
     if reading.seq > _MAX_SEQ:
         raise PayloadError(f"{reading.seq}, at most {_MAX_SEQ}", field=f"{field}.seq")
-    if len(reading.reference.encode()) > MAX_REFERENCE_BYTES:
+    # Encoded only where it may matter: a character takes up to four bytes.
+    reference = reading.reference
+    if 4 * len(reference) > MAX_REFERENCE_BYTES and len(reference.encode()) > MAX_REFERENCE_BYTES:
         raise PayloadError(f"longer than {MAX_REFERENCE_BYTES} bytes", field=f"{field}.reference")
 
 

@@ -165,6 +165,28 @@ def table(store, name="samples"):
 # -- samples -----------------------------------------------------------------------------------------------------------
 
 
+def test_more_batches_than_the_broker_takes_acks_are_all_acknowledged(rig):
+    """An ack that finds the window full waits for room: dropped, its gateway would send everything again."""
+    rig.link._window = 2
+    for seq in range(20):
+        rig.receive(group(sample(seq)))
+    rig.ingest.flush()
+    assert rig.events == ["commit", "ack", "puback", "ack", "puback", "ack"]
+    rig.until(lambda: len(rig.acks) == 20)
+    assert [list(ack.groups[0].stored) for ack in rig.acks] == [[seq] for seq in range(20)]
+    assert rig.events.count("commit") == 1
+
+
+def test_flood_is_stored_in_parts(rig):
+    """While a transaction runs, gateways wait: a long queue is acknowledged in between."""
+    for number in range(5):
+        rig.receive(group(*(sample(number * 1000 + seq) for seq in range(1000))))
+    assert rig.events.count("commit") == 1
+    assert rig.ingest.counters["samples.stored"] == 3000
+    rig.ingest.flush()
+    assert rig.ingest.counters["samples.stored"] == 5000
+
+
 def test_samples_are_stored_with_what_both_models_said_and_acknowledged(rig):
     """The row holds everything of the message, absent answers as NULL; the ack names each number by its group."""
     answered = sample(1, device_answer=Answer(release=2, score=0.75, label=0), gateway_answer=Answer(release=3))

@@ -107,7 +107,7 @@ def test_one_batch_is_judged_row_by_row(store):
 @pytest.mark.parametrize("other", [{"device": "cam-01"}, {"epoch": bytes(16)}, {"seq": 2}])
 def test_each_part_of_the_key_counts(store, other):
     """Another device, epoch or number is another sample, whatever it holds."""
-    assert store.add([sample(), replace(sample(), **other)]) == [Fate.STORED, Fate.STORED]
+    assert store.add([sample(), sample()._replace(**other)]) == [Fate.STORED, Fate.STORED]
 
 
 @settings(deadline=None)
@@ -233,7 +233,7 @@ def test_labelled_samples_are_arrays_in_the_order_of_arrival(store):
     scalars = SensorData(scalars=Scalars(values=[4.0] * 64)).SerializeToString()
     store.add([sample(1, image(1), received_at_us=30), sample(2, scalars, received_at_us=10)])
     store.add([sample(3, image(3), received_at_us=20), sample(4, image(4), received_at_us=5)])
-    store.add([replace(sample(5, image(5)), model="other")])
+    store.add([sample(5, image(5), model="other")])
     store.add_labels([label(1, 1), label(2, 2), label(3, 3), label(5, 5)])
     found = store.labelled("digits", (8, 8, 1), 10)
     assert (found.x.shape, found.x.dtype, found.y.dtype) == ((3, 8, 8, 1), np.float32, np.int64)
