@@ -10,6 +10,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from device_agent.change import ChangeSettings, DeadBandSettings
 from device_agent.config import DeviceConfig
 from device_agent.device import Device
 from device_agent.policy import PolicyConfig
@@ -53,11 +54,14 @@ class AgentSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     trusted_root: str
     source: SourceSettings | None = None
     broker: BrokerSettings = msgspec.field(default_factory=BrokerSettings)
-    change_threshold: Annotated[float, Meta(ge=0)] = 0.0
-    change_adapt: _Share = 0.0
+    change: ChangeSettings = msgspec.field(default_factory=DeadBandSettings)
     audit_share: _Share = 0.005
     max_share: Annotated[float, Meta(gt=0, le=1)] = 0.2
     max_per_minute: _Count = 600
+    max_per_day: _Count | None = None
+    max_bytes_per_minute: _Count | None = None
+    max_bytes_per_day: _Count | None = None
+    score_threshold: float | None = None
     answer_within_ms: Annotated[int, Meta(ge=0, lt=1 << 32)] = 0
     retry_after_s: _Positive = 10.0
     outbox_items: _Count = 20_000
@@ -65,14 +69,27 @@ class AgentSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     state_interval_s: Annotated[float, Meta(gt=0, le=MAX_INTERVAL_S)] = 60.0
     probation_s: Annotated[float, Meta(ge=0)] = 10.0
 
+    def __post_init__(self) -> None:
+        self.policy_config()  # what contradicts itself is found while the file is read
+
+    def policy_config(self) -> PolicyConfig:
+        return PolicyConfig(
+            audit_share=self.audit_share,
+            max_share=self.max_share,
+            max_per_minute=self.max_per_minute,
+            max_per_day=self.max_per_day,
+            max_bytes_per_minute=self.max_bytes_per_minute,
+            max_bytes_per_day=self.max_bytes_per_day,
+            score_threshold=self.score_threshold,
+        )
+
     def device_config(self) -> DeviceConfig:
         return DeviceConfig(
             site=self.site,
             node=self.node,
             model=self.model,
-            change_threshold=self.change_threshold,
-            change_adapt=self.change_adapt,
-            policy=PolicyConfig(self.audit_share, self.max_share, self.max_per_minute),
+            change=self.change,
+            policy=self.policy_config(),
             answer_within_ms=self.answer_within_ms,
             retry_after_s=self.retry_after_s,
             state_interval_s=self.state_interval_s,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from device_agent.change import ChangeSettings, DeadBandSettings
 from device_agent.policy import PolicyConfig
 
 
@@ -19,8 +20,7 @@ class DeviceConfig:
     site: str
     node: str
     model: str
-    change_threshold: float = 0.0
-    change_adapt: float = 0.0
+    change: ChangeSettings = field(default_factory=DeadBandSettings)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     answer_within_ms: int = 0
     retry_after_s: float = 10.0

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from device_agent.change import ChangeDetector
+from device_agent.change import make_change
 from device_agent.config import DeviceConfig
 from device_agent.inputs import InputMaker
 from device_agent.policy import Choice, UploadPolicy
-from device_agent.questions import Questions
+from device_agent.questions import Questions, size_of
 from device_agent.readings import AnsweredBy, Outcome, Reading
 from device_agent.runtime import load
 from shoal.commands import CommandDesk
@@ -31,7 +31,7 @@ from shoal.release.selftest import Runtime
 from shoal.scoring import Scaler, score_rows
 from shoal.state import Report, StateReporter
 from shoal.v1 import inference_pb2 as pb
-from shoal.v1.node_pb2 import ModelState
+from shoal.v1.node_pb2 import ModelState, UploadState
 from shoal.v1.release_pb2 import Artefact, ReleaseSpec, Tier
 from shoal.v1.sensor_pb2 import Scalars, SensorData, TimeQuality
 
@@ -91,7 +91,7 @@ class Device:
         self._outbox = outbox
         self._rng = rng
         self._on_outcome = on_outcome
-        self._change = ChangeDetector(config.change_threshold, config.change_adapt)
+        self._change = make_change(config.change)
         self._policy = UploadPolicy(config.policy)
         self._active: _ActiveModel | None = None
         self._seqs = iter(range(0))
@@ -144,15 +144,15 @@ class Device:
             return self._tell(seq, reading, None, "kept.gathered")
         if values is not reading.values:
             reading = replace(reading, values=values)
-        audit = self._policy.is_audit(self._rng.random())
-        if not self._change.update(reading.values) and not audit:
+        audit = self._policy.take(self._rng.random(), now)
+        if not self._change.should_upload(reading.values, now) and not audit:
             self._count("kept.unchanged")
             return self._tell(seq, reading, None, "kept.unchanged")
         answer = self._answer(reading.values)
-        threshold = self._active.artefact.threshold if self._active else 0.0
-        choice = self._policy.decide(None if answer is None else answer.score, threshold, audit=audit, now=now)
+        score = None if answer is None else answer.score
+        choice = self._policy.decide(score, self._released_threshold(), audit=audit)
         if choice.is_ask:
-            self._ask(seq, reading, answer, choice, now)
+            choice = self._ask(seq, reading, answer, choice, now)
         else:
             self._count(choice.value)
         return self._tell(seq, reading, answer, choice.value)
@@ -190,7 +190,8 @@ class Device:
             answer.label = int(scores.labels[0])
         return answer
 
-    def _ask(self, seq: int, reading: Reading, answer: pb.Answer | None, choice: Choice, now: float) -> None:
+    def _ask(self, seq: int, reading: Reading, answer: pb.Answer | None, choice: Choice, now: float) -> Choice:
+        """Owe the question, unless a cap refuses it; return what became of the reading."""
         data = SensorData(
             seq=seq,
             captured_at_us=reading.captured_at_us,
@@ -198,8 +199,13 @@ class Device:
             scalars=Scalars(values=reading.values.ravel().tolist()),
             reference=reading.reference,
         )
-        if self._questions.ask(pb.InferenceRow(reading=data, reason=_REASONS[choice], device_answer=answer), now):
+        row = pb.InferenceRow(reading=data, reason=_REASONS[choice], device_answer=answer)
+        if not self._policy.spend(size_of(row), now):
+            self._count(Choice.OVER_BUDGET.value)
+            return Choice.OVER_BUDGET
+        if self._questions.ask(row, now):
             self._count(choice.value)
+        return choice
 
     # -- the gateway ---------------------------------------------------------------------------------------------------
 
@@ -253,7 +259,17 @@ class Device:
     def _report(self) -> Report:
         counters: Counter[str] = self._outbox.counters(self.config.node)
         counters.update(self.link.counters)
-        return Report(counters, self.model_states(), self.clock_suspect())
+        return Report(counters, self.model_states(), self.clock_suspect(), self._upload_state())
+
+    def _upload_state(self) -> UploadState:
+        return UploadState(
+            threshold=self._policy.threshold(self._released_threshold()),
+            budget_ppm=round(self._policy.budget_share * 1e6),
+            asked_ppm=round(self._policy.asked_share * 1e6),
+        )
+
+    def _released_threshold(self) -> float:
+        return self._active.artefact.threshold if self._active else 0.0
 
     def _report_now(self) -> str:
         self._reporter.soon()

@@ -167,6 +167,11 @@ class Questions:
         self._send_at = 0.0
 
 
+def size_of(row: pb.InferenceRow) -> int:
+    """Bytes of a question on its way, but for what a message's rows share."""
+    return row.ByteSize() + _ROW_HEAD_BYTES
+
+
 def _status_name(status: int) -> str:
     # A newer gateway may know more of them; the schema's enums are open.
     known = pb.Status.DESCRIPTOR.values_by_number.get(status)

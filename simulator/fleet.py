@@ -15,6 +15,7 @@ import msgspec
 from google.protobuf.json_format import MessageToDict
 from msgspec import Meta
 
+from device_agent.change import ChangeSettings, DeadBandSettings
 from device_agent.config import DeviceConfig
 from device_agent.device import Device
 from device_agent.policy import PolicyConfig
@@ -68,7 +69,7 @@ class FleetSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     drifts: bool = False
     readings_after: Annotated[int, Meta(ge=0)] = 0
     max_readings: Annotated[int, Meta(ge=0)] = 100_000
-    change_threshold: Annotated[float, Meta(ge=0)] = 0.0
+    change: ChangeSettings = msgspec.field(default_factory=DeadBandSettings)
     audit_share: Annotated[float, Meta(ge=0, le=1)] = 0.005
     max_share: Annotated[float, Meta(gt=0, le=1)] = 0.2
     retry_after_s: Annotated[float, Meta(gt=0)] = 10.0
@@ -76,13 +77,19 @@ class FleetSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     state_interval_s: Annotated[float, Meta(gt=0, le=MAX_INTERVAL_S)] = 5.0
     probation_s: Annotated[float, Meta(ge=0)] = 5.0
 
+    def __post_init__(self) -> None:
+        self.policy_config()  # what contradicts itself is found while the file is read
+
+    def policy_config(self) -> PolicyConfig:
+        return PolicyConfig(audit_share=self.audit_share, max_share=self.max_share, max_per_minute=60_000)
+
     def device_config(self, node: str) -> DeviceConfig:
         return DeviceConfig(
             site=self.site,
             node=node,
             model=self.model,
-            change_threshold=self.change_threshold,
-            policy=PolicyConfig(audit_share=self.audit_share, max_share=self.max_share, max_per_minute=60_000),
+            change=self.change,
+            policy=self.policy_config(),
             retry_after_s=self.retry_after_s,
             linger_s=self.linger_s,
             state_interval_s=self.state_interval_s,

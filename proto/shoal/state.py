@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from shoal.link import Link
 from shoal.routes import Route
-from shoal.v1.node_pb2 import ModelState, NodeState
+from shoal.v1.node_pb2 import ModelState, NodeState, UploadState
 from shoal.v1.sensor_pb2 import TIME_QUALITY_SUSPECT, TIME_QUALITY_SYNCED
 
 # DESIGN section 2: again at a jittered interval of at most 10 minutes.
@@ -22,6 +22,7 @@ class Report:
     counters: Counter[str]
     models: Sequence[ModelState] = ()
     clock_suspect: bool = False
+    upload: UploadState | None = None
 
 
 class StateReporter:
@@ -66,6 +67,7 @@ class StateReporter:
             counters=dict(report.counters),
             models=report.models,
             time_quality=TIME_QUALITY_SUSPECT if report.clock_suspect else TIME_QUALITY_SYNCED,
+            upload=report.upload,
         )
         if route is Route.PRESENCE:
             return self._link.publish(Route.STATE, state, site=segments["site"], node=segments["node"])

@@ -16,6 +16,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from device_agent.agent import Agent, AgentSettings
 from device_agent.agent import run as run_agent
+from device_agent.change import DeadBandSettings, EwmaSettings, RateSettings
 from device_agent.readings import AnsweredBy
 from shoal.config import load_config
 from shoal.delivery.outbox import Outbox
@@ -101,7 +102,7 @@ def config(broker, request, tmp_path):
     (tmp_path / "readings.csv").write_text("a,b\n" + "".join(f"{row},{row / 2}\n" for row in range(ROWS)))
     (tmp_path / "root.json").write_text("{}")
 
-    def write(*, source=None, extra="", **changed):
+    def write(*, source=None, change=None, extra="", **changed):
         table = {"kind": "csv", "path": str(tmp_path / "readings.csv"), "columns": ["b", "a"], "rate_hz": 50.0}
         if source is not None:
             table = source if "kind" in source else table | source
@@ -118,6 +119,8 @@ def config(broker, request, tmp_path):
         lines = [f"{key} = {value!r}" for key, value in keys.items() if value is not None]
         lines += [extra, "[broker]", f"url = {broker.url!r}", "[source]"]
         lines += [f"{key} = {value!r}" for key, value in table.items()]
+        if change is not None:
+            lines += ["[change]", *(f"{key} = {value!r}" for key, value in change.items())]
         file = tmp_path / "agent.toml"
         file.write_text("\n".join(lines))
         return file
@@ -353,6 +356,8 @@ def refusal(file):
         ({"extra": "max_shere = 0.1"}, "max_shere"),
         ({"trusted_root": None}, "trusted_root"),
         ({"max_share": 2.0}, "max_share"),
+        ({"max_share": 0.001}, "audit_share 0.005, max_share 0.001"),
+        ({"extra": "change_threshold = 0.5"}, "change_threshold"),
         ({"node": "Dev 1"}, "node: 'Dev 1'"),
         ({"trusted_root": "/nowhere/root.json"}, "trusted_root /nowhere/root.json: No such file"),
     ],
@@ -387,11 +392,12 @@ def test_bad_cell_ends_with_two_and_loses_nothing_that_was_read(config, tmp_path
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("change_threshold", -0.1),
-        ("change_adapt", 1.5),
         ("audit_share", -0.1),
         ("max_share", 0.0),
         ("max_per_minute", 0),
+        ("max_per_day", 0),
+        ("max_bytes_per_minute", -1),
+        ("max_bytes_per_day", 0),
         ("answer_within_ms", -1),
         ("answer_within_ms", 1 << 32),
         ("retry_after_s", 0.0),
@@ -451,10 +457,16 @@ def test_names_that_cannot_be_used_are_refused(config, changed, message):
 
 def test_settings_of_the_file_reach_the_device(config):
     """Pins that every setting of a device's has its key in the file, under the same name."""
-    policy = {"audit_share": 0.25, "max_share": 0.5, "max_per_minute": 9}
+    policy = {
+        "audit_share": 0.25,
+        "max_share": 0.5,
+        "max_per_minute": 9,
+        "max_per_day": 99,
+        "max_bytes_per_minute": 900,
+        "max_bytes_per_day": 9900,
+        "score_threshold": 0.75,
+    }
     device = {
-        "change_threshold": 1.5,
-        "change_adapt": 0.125,
         "answer_within_ms": 50,
         "retry_after_s": 3.0,
         "state_interval_s": 7.0,
@@ -463,3 +475,37 @@ def test_settings_of_the_file_reach_the_device(config):
     assert {name: getattr(made, name) for name in device} == device
     assert {name: getattr(made.policy, name) for name in policy} == policy
     assert (made.node, made.model) == ("dev-1", "vibration")
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ({"kind": "dead_band", "threshold": 1.5, "adapt": 0.125}, DeadBandSettings(threshold=1.5, adapt=0.125)),
+        ({"kind": "dead_band", "threshold": [1.5, 2]}, DeadBandSettings(threshold=(1.5, 2.0))),
+        ({"kind": "ewma", "threshold": 4.0, "adapt": 0.5}, EwmaSettings(threshold=4.0, adapt=0.5)),
+        ({"kind": "rate", "threshold": [1.0], "per": "reading"}, RateSettings(threshold=(1.0,), per="reading")),
+    ],
+)
+def test_change_table_reaches_the_device(config, table, expected):
+    """Pins each kind of the `[change]` table with its settings."""
+    assert load_config(config(change=table), AgentSettings).device_config().change == expected
+
+
+@pytest.mark.parametrize(
+    ("table", "named"),
+    [
+        ({"kind": "dead_band", "threshold": -0.1}, "threshold"),
+        ({"kind": "dead_band", "adapt": 1.5}, "adapt"),
+        ({"kind": "ewma", "adapt": 0.0}, "adapt"),
+        ({"kind": "ewma", "threshold": []}, "threshold"),
+        ({"kind": "rate"}, "threshold"),
+        ({"kind": "rate", "threshold": 1.0, "per": "hour"}, "per"),
+        ({"kind": "mood"}, "kind"),
+        ({"threshold": 1.0}, "kind"),
+        ({"kind": "dead_band", "per": "second"}, "per"),
+    ],
+)
+def test_change_that_cannot_be_is_refused_by_name(config, table, named):
+    """Pins that every kind's table is checked while the file is read."""
+    with pytest.raises(ConfigError, match=rf"{named}.*\$\.change|\$\.change\.{named}"):
+        load_config(config(change=table), AgentSettings)

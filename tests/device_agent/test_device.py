@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from device_agent.change import DeadBandSettings, RateSettings
 from device_agent.policy import PolicyConfig
 from device_agent.readings import AnsweredBy, Reading
 from shoal.codec import EPOCH_BYTES
@@ -43,7 +44,7 @@ def test_device_without_a_model_asks_about_every_reading(rig):
 def test_every_reading_ends_in_one_counter(make_rig, tmp_path):
     """Pins each way that a reading can go, by name, and that they add up."""
     policy = PolicyConfig(audit_share=0.0, max_share=1.0, max_per_minute=2)
-    rig = make_rig(tmp_path, policy=policy, change_threshold=0.25)
+    rig = make_rig(tmp_path, policy=policy, change=DeadBandSettings(threshold=0.25))
     rig.activate(threshold=1.0)
     reasons = [rig.read(value).reason for value in (0.5, 0.6, 5.0, 6.0, 7.0, 0.0)]
     assert reasons == [
@@ -68,12 +69,57 @@ def test_every_reading_ends_in_one_counter(make_rig, tmp_path):
 
 def test_audit_is_asked_even_where_nothing_changed(make_rig, tmp_path):
     """Pins that audits sample all readings: neither the dead band nor a low score keeps one."""
-    rig = make_rig(tmp_path, policy=PolicyConfig(audit_share=1.0, max_share=1.0), change_threshold=9.0)
+    rig = make_rig(
+        tmp_path, policy=PolicyConfig(audit_share=1.0, max_share=1.0), change=DeadBandSettings(threshold=9.0)
+    )
     rig.activate()
     assert [rig.read(0.1).reason for _ in range(2)] == ["asked.audit"] * 2
     rig.link.connect()
     (question,) = rig.step()
     assert [row.reason for row in question.rows] == [pb.ASK_REASON_AUDIT] * 2
+
+
+def test_change_is_measured_against_the_time_of_the_reading(make_rig, tmp_path):
+    """Pins that the `[change]` table's kind is the one at work, and that it hears when a reading came."""
+    rig = make_rig(tmp_path, policy=NO_AUDIT, change=RateSettings(threshold=1.0))
+    rig.activate(threshold=1e9)
+    reasons = []
+    for value, later_s in ((0.0, 0.0), (3.0, 4.0), (6.0, 1.0)):
+        rig.now += later_s
+        reasons.append(rig.read(value).reason)
+    assert reasons == ["kept.below_threshold", "kept.unchanged", "kept.below_threshold"]
+
+
+def test_bytes_of_a_day_are_those_of_the_outbox(make_rig, tmp_path):
+    """Pins what a byte cap counts, row by row as sent, and that a reading over it is kept with its reason."""
+    cap = 200
+    rig = make_rig(tmp_path, policy=PolicyConfig(audit_share=0.0, max_share=1.0, max_bytes_per_day=cap))
+    reasons = [rig.read(float(value), reference="r" * 20).reason for value in range(1, 9)]
+    asked = reasons.count("asked.no_model")
+    assert reasons == ["asked.no_model"] * asked + ["kept.over_budget"] * (8 - asked)
+    rig.link.connect()
+    rows = [row for question in rig.step() for row in question.rows]
+    sizes = [row.ByteSize() + 8 for row in rows]
+    assert len(sizes) == asked
+    assert cap - max(sizes) < sum(sizes) <= cap
+    rig.check_ledger()
+
+
+def test_state_tells_the_threshold_in_force_and_the_share(make_rig, tmp_path):
+    """Pins what the fleet sees of a self-tuning threshold: where it is, what it may ask, and what it did ask."""
+    rig = make_rig(tmp_path, policy=PolicyConfig(0.01, 0.05, 10**6), limits=Limits(10**5))
+    rig.activate(threshold=2.0)
+    rig.link.connect()
+    rig.step()
+    upload = rig.link.sent[-1][1].upload
+    assert (upload.threshold, upload.budget_ppm, upload.asked_ppm) == (2.0, 50_000, 0)
+    for value in np.random.default_rng(5).uniform(0.0, 10.0, 4000):  # the score is the square
+        rig.read(value)
+    rig.device.report_soon()
+    rig.step()
+    states = [message.upload for route, message, *_ in rig.link.sent if route is Route.STATE]
+    assert states[-1].threshold == pytest.approx(91.0, abs=4.0)
+    assert states[-1].asked_ppm == pytest.approx(50_000, rel=0.1)
 
 
 def test_own_answer_goes_with_the_question(make_rig, tmp_path):

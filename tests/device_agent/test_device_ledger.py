@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from device_agent.change import DeadBandSettings
 from device_agent.policy import PolicyConfig
 from shoal.delivery.outbox import Limits
 from shoal.errors import LinkError
@@ -42,7 +43,7 @@ class Books(RuleBasedStateMachine):
             limits=Limits(max_items=8),
             window=3,
             policy=PolicyConfig(audit_share=0.1, max_share=0.8, max_per_minute=12),
-            change_threshold=0.2,
+            change=DeadBandSettings(threshold=0.2),
             retry_after_s=5.0,
             max_rows=4,
         )

@@ -201,6 +201,7 @@ class Bench:
             "data_dir": str(self.directory / "data"),
             "trusted_root": str(self.published.root),
             "audit_share": 1.0,
+            "max_share": 1.0,
             "probation_s": 0.2,
             "state_interval_s": 0.5,
             "retry_after_s": 1.0,

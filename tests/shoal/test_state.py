@@ -12,7 +12,7 @@ import pytest
 from shoal.link_config import node_identity, service_identity
 from shoal.routes import Route
 from shoal.state import MAX_INTERVAL_S, Report, StateReporter
-from shoal.v1.node_pb2 import ModelState
+from shoal.v1.node_pb2 import ModelState, UploadState
 from shoal.v1.sensor_pb2 import TIME_QUALITY_SUSPECT, TIME_QUALITY_SYNCED
 
 pytestmark = pytest.mark.device
@@ -58,6 +58,15 @@ def test_state_bears_what_the_report_says(wire):
     assert [(model.model, model.release) for model in state.models] == [("digits", 7)]
     assert (state.role, state.version, state.time_quality) == ("device", wire.identity.version, TIME_QUALITY_SUSPECT)
     assert state.at_us > 0
+    assert not state.HasField("upload")
+
+
+def test_state_of_a_device_bears_its_budgets():
+    """What the threshold and the share have come to; nodes that ask nobody say nothing of it."""
+    wire = Wire(node_identity("plant", "cam", "device"))
+    report = Report(Counter(), upload=UploadState(threshold=0.5, budget_ppm=20_000, asked_ppm=19_000))
+    StateReporter(wire, lambda: report, rng=random.Random(1)).tick(0.0)
+    assert wire.published[0][2].upload == report.upload
 
 
 def test_service_reports_on_its_own_topic():

@@ -98,6 +98,7 @@ def settings(tmp_path, published):
         trusted_root=root,
         broker=BrokerSettings(url=url),
         audit_share=1.0,
+        max_share=1.0,
         retry_after_s=0.5,
         probation_s=0.2,
     )
@@ -264,6 +265,7 @@ def run_main(tmp_path, monkeypatch, capsys):
         ({"devices": 0}, "$.devices"),
         ({"rate_hz": 0.0}, "$.rate_hz"),
         ({"audit_share": 1.5}, "$.audit_share"),
+        ({"max_share": 0.5}, "audit_share 1.0, max_share 0.5"),
         ({"state_interval_s": 0.0}, "$.state_interval_s"),
         ({"colour": 1}, "colour"),
         ({"site": "Not An Id"}, "site: 'Not An Id'"),

@@ -61,8 +61,18 @@ class ModelState(_message.Message):
     divergence_ppm: int
     def __init__(self, model: _Optional[str] = ..., release: _Optional[int] = ..., phase: _Optional[_Union[SlotPhase, str]] = ..., sha256: _Optional[bytes] = ..., runtime: _Optional[str] = ..., refused_release: _Optional[int] = ..., refused_reason: _Optional[str] = ..., answers: _Optional[int] = ..., errors: _Optional[int] = ..., divergence_ppm: _Optional[int] = ...) -> None: ...
 
+class UploadState(_message.Message):
+    __slots__ = ("threshold", "budget_ppm", "asked_ppm")
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_PPM_FIELD_NUMBER: _ClassVar[int]
+    ASKED_PPM_FIELD_NUMBER: _ClassVar[int]
+    threshold: float
+    budget_ppm: int
+    asked_ppm: int
+    def __init__(self, threshold: _Optional[float] = ..., budget_ppm: _Optional[int] = ..., asked_ppm: _Optional[int] = ...) -> None: ...
+
 class NodeState(_message.Message):
-    __slots__ = ("at_us", "role", "version", "counters", "models", "time_quality")
+    __slots__ = ("at_us", "role", "version", "counters", "models", "time_quality", "upload")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -76,10 +86,12 @@ class NodeState(_message.Message):
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
     TIME_QUALITY_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_FIELD_NUMBER: _ClassVar[int]
     at_us: int
     role: str
     version: str
     counters: _containers.ScalarMap[str, int]
     models: _containers.RepeatedCompositeFieldContainer[ModelState]
     time_quality: _sensor_pb2.TimeQuality
-    def __init__(self, at_us: _Optional[int] = ..., role: _Optional[str] = ..., version: _Optional[str] = ..., counters: _Optional[_Mapping[str, int]] = ..., models: _Optional[_Iterable[_Union[ModelState, _Mapping]]] = ..., time_quality: _Optional[_Union[_sensor_pb2.TimeQuality, str]] = ...) -> None: ...
+    upload: UploadState
+    def __init__(self, at_us: _Optional[int] = ..., role: _Optional[str] = ..., version: _Optional[str] = ..., counters: _Optional[_Mapping[str, int]] = ..., models: _Optional[_Iterable[_Union[ModelState, _Mapping]]] = ..., time_quality: _Optional[_Union[_sensor_pb2.TimeQuality, str]] = ..., upload: _Optional[_Union[UploadState, _Mapping]] = ...) -> None: ...
