@@ -8,7 +8,7 @@ EXTRAS := device,sensors,gateway,cloud,simulator,console,dev
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-device demo test test-device lint format proto proto-check bench bench-cache bench-delivery bench-gateway bench-ingest bench-device-step faults-install gateway-requests mutation-trust nightly check clean
+.PHONY: $(shell sed -n 's/^\([a-z][a-z-]*\):.*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -83,6 +83,9 @@ $(MOSEC)/.installed: benchmarks/gateway/requirements-mosec.txt
 
 bench-gateway: venv $(MOSEC)/.installed ## Measure the gateway beside mosec, an echo and onnxruntime (minutes; needs gcc, wrk, Mosquitto)
 	@$(BIN)/python -m benchmarks.gateway.bench_gateway $(ARGS)
+
+bench-uplink: venv ## Measure what a device's upload budget finds, on real data
+	@$(BIN)/python benchmarks/uplink.py $(ARGS)
 
 bench-device-step: venv ## Measure what the agent adds to a model call
 	@$(BIN)/python benchmarks/device_step.py $(ARGS)

@@ -109,6 +109,7 @@ class UploadPolicy:
             choice = Choice.ASK_SCORE
         else:
             return Choice.BELOW_THRESHOLD
+        # Also where a cap refuses it then: scores that made up for it would crowd out the audits.
         self._share.charge()
         return choice
 

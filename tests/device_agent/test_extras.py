@@ -12,9 +12,8 @@ def test_every_extra_that_is_named_can_be_installed():
     extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
     texts = [path.read_text() for folder in ("device_agent", "docs") for path in (ROOT / folder).rglob("*.[pm][yd]")]
     texts.append((ROOT / "README.md").read_text())
-    named = {
-        extra for text in texts for extras in re.findall(r"shoal\[([a-z,-]+)\]", text) for extra in extras.split(",")
-    }
+    found = [match for text in texts for match in re.findall(r"shoal\[([a-z,-]+)\]", text)]
+    named = {extra for match in found for extra in match.split(",")}
     in_makefile = re.search(r"^EXTRAS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert in_makefile is not None
     assert {"sensors", "camera", "device"} <= named
