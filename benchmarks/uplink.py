@@ -356,10 +356,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for axes, name in zip(np.ravel(figure.subplots(1, len(curves))), curves, strict=True):
         for policy, points in curves[name].items():
             _line(axes, policy, points)
+        axes.plot([100], [100], "s", markersize=4, color="0.2", label="all", clip_on=False)
         axes.axvline(100 * result["budget"], color="0.6", linewidth=1, linestyle=":")
         axes.set_xscale("log")
-        axes.set_xlim(0.2, 100)
-        axes.set_xticks([0.25, 1, 2, 5, 20, 100], ["0.25", "1", "2", "5", "20", "100"])
+        axes.set_xlim(0.08, 100)
+        axes.set_xticks([0.1, 0.5, 2, 10, 100], ["0.1", "0.5", "2", "10", "100"])
         axes.minorticks_off()
         axes.set_ylim(0, 102)
         axes.set_xlabel("bytes asked, % of asking about all")

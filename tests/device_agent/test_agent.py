@@ -9,6 +9,8 @@ import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
+from typing import get_args
 
 import pytest
 from paho.mqtt.client import Client
@@ -16,7 +18,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from device_agent.agent import Agent, AgentSettings
 from device_agent.agent import run as run_agent
-from device_agent.change import DeadBandSettings, EwmaSettings, RateSettings
+from device_agent.change import ChangeSettings, DeadBandSettings, EwmaSettings, RateSettings
 from device_agent.readings import AnsweredBy
 from shoal.config import load_config
 from shoal.delivery.outbox import Outbox
@@ -509,3 +511,13 @@ def test_change_that_cannot_be_is_refused_by_name(config, table, named):
     """Pins that every kind's table is checked while the file is read."""
     with pytest.raises(ConfigError, match=rf"{named}.*\$\.change|\$\.change\.{named}"):
         load_config(config(change=table), AgentSettings)
+
+
+def test_every_setting_is_documented():
+    """Pins the page: the agent's keys, and each kind of change with its own."""
+    page = (Path(__file__).parents[2] / "docs" / "devices.md").read_text()
+    assert [name for name in AgentSettings.__struct_fields__ if name not in page] == []
+    table = page.partition("## What has not changed")[2].partition("\n## ")[0]
+    for kind in get_args(ChangeSettings):
+        row = table.partition(f"| `{kind.__struct_config__.tag}` |")[2].partition("\n")[0]
+        assert [name for name in kind.__struct_fields__ if f"`{name}`" not in row] == []
