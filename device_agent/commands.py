@@ -3,20 +3,23 @@
 shoal device run --config agent.toml
 shoal device check --config agent.toml
 shoal device outbox --config agent.toml
+shoal device outbox --config agent.toml --quarantined
 shoal device outbox size --rate 10 --hours 6
 """
 
 import argparse
+import base64
 import dataclasses
 import json
 import logging
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from device_agent.agent import AgentSettings, run
 from device_agent.check import check
-from device_agent.outbox_report import read_outbox, size_for
+from device_agent.outbox_report import Quarantined, read_outbox, read_quarantine, size_for
 from shoal.config import load_config
 from shoal.errors import ConfigError
 
@@ -47,7 +50,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     checking.set_defaults(command=_check)
     outbox = commands.add_parser("outbox", help="what waits for the gateway; the agent may run")
     outbox.add_argument("--config", "-c", type=Path, help="TOML file, see docs/devices.md")
-    outbox.add_argument("--json", action="store_true", help="one JSON object, for machines")
+    outbox.add_argument("--quarantined", action="store_true", help="the readings that were refused for ever, and why")
+    outbox.add_argument("--json", action="store_true", help="one JSON object, or one a reading, for machines")
     outbox.set_defaults(command=_outbox)
     sizing = outbox.add_subparsers(metavar="size", title="question").add_parser(
         "size", help="how large it must be to lose nothing while the gateway is silent"
@@ -86,16 +90,35 @@ def _check(options: argparse.Namespace) -> int:
 def _outbox(options: argparse.Namespace) -> int:
     if options.config is None:
         raise ConfigError("--config is missing: which device's outbox?")
-    report = read_outbox(Path(load_config(options.config, AgentSettings).data_dir) / "outbox.sqlite")
+    path = Path(load_config(options.config, AgentSettings).data_dir) / "outbox.sqlite"
+    if options.quarantined:
+        for reading in read_quarantine(path):
+            _say(json.dumps(_as_json(reading)) if options.json else _as_text(reading))
+        return 0
+    report = read_outbox(path)
     if options.json:
         _say(json.dumps(dataclasses.asdict(report)))
         return 0
     models = ", ".join(f"{count} for {model}" for model, count in report.by_model.items())
     _say(f"{report.waiting} readings wait, {report.waiting_bytes} bytes{f': {models}' if models else ''}")
+    _say(f"{report.quarantined} readings in quarantine{': see --quarantined' if report.quarantined else ''}")
     _say(f"the file takes {report.file_bytes} bytes")
     for name, value in report.counters.items():
         _say(f"  {name:<24} {value}")
     return 0
+
+
+def _as_text(reading: Quarantined) -> str:
+    at = datetime.fromtimestamp(reading.refused_at, UTC)
+    where = f" {reading.field}" if reading.field else ""
+    return f"{at:%Y-%m-%dT%H:%M:%SZ}  {reading.seq:>8}  {reading.status}{where}: {reading.message}"
+
+
+def _as_json(reading: Quarantined) -> dict[str, object]:
+    return dataclasses.asdict(reading) | {
+        "epoch": reading.epoch.hex(),
+        "payload": base64.b64encode(reading.payload).decode(),
+    }
 
 
 def _outbox_size(options: argparse.Namespace) -> int:

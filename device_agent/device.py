@@ -38,17 +38,11 @@ from shoal.v1.sensor_pb2 import Scalars, SensorData, TimeQuality
 log = logging.getLogger(__name__)
 
 _SEQ_BLOCK = 256
-# Of the retry interval: a gateway that answers "not yet" is there, and will be ready soon.
-_PATIENCE = 0.2
-# What a message holds for each row besides the row's own bytes.
-_ROW_HEAD_BYTES = 8
 _REASONS = {
     Choice.ASK_SCORE: pb.ASK_REASON_SCORE,
     Choice.ASK_NO_MODEL: pb.ASK_REASON_NO_MODEL,
     Choice.ASK_AUDIT: pb.ASK_REASON_AUDIT,
 }
-# Never to be answered: asking again would bring the same reply.
-_SETTLED = {pb.STATUS_OK: "answered", pb.STATUS_INVALID_ARGUMENT: "quarantined"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
-"""What waits in a device's outbox, and how large one must be."""
+"""What waits in a device's outbox, what was set aside, and how large one must be."""
 
 import math
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ class OutboxReport:
 
     waiting: int
     waiting_bytes: int
+    quarantined: int
     by_model: dict[str, int]
     counters: dict[str, int]
     file_bytes: int
@@ -29,16 +31,53 @@ def read_outbox(path: Path) -> OutboxReport:
     Raises:
         ConfigError: there is none, or it cannot be read.
     """
+    with _reading(path) as store:
+        waiting, size = store.execute("SELECT COUNT(*), COALESCE(SUM(LENGTH(payload)), 0) FROM items").fetchone()
+        (quarantined,) = store.execute("SELECT COUNT(*) FROM quarantine").fetchone()
+        by_model = dict(store.execute("SELECT model, COUNT(*) FROM items GROUP BY model ORDER BY model"))
+        counters = dict(store.execute("SELECT name, SUM(value) FROM counters GROUP BY name ORDER BY name"))
+    return OutboxReport(waiting, size, quarantined, by_model, counters, path.stat().st_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """One reading that was refused for ever: `payload` is an InferenceRow, empty where it was too large to keep."""
+
+    device: str
+    epoch: bytes
+    seq: int
+    model: str
+    status: str
+    field: str
+    message: str
+    refused_at: int
+    size_bytes: int
+    payload: bytes
+
+
+def read_quarantine(path: Path) -> list[Quarantined]:
+    """What a store has set aside, oldest first; its agent may run.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    query = (
+        "SELECT device, epoch, seq, model, status, field, message, refused_at, size_bytes, payload FROM quarantine"
+        " ORDER BY id"
+    )
+    with _reading(path) as store:
+        return [Quarantined(*row) for row in store.execute(query)]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[sqlite3.Connection]:
     if not path.exists():
         raise ConfigError(f"{path}: no outbox yet: the agent makes it when it first starts")
     try:
         with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as store:
-            waiting, size = store.execute("SELECT COUNT(*), COALESCE(SUM(LENGTH(payload)), 0) FROM items").fetchone()
-            by_model = dict(store.execute("SELECT model, COUNT(*) FROM items GROUP BY model ORDER BY model"))
-            counters = dict(store.execute("SELECT name, SUM(value) FROM counters GROUP BY name ORDER BY name"))
+            yield store
     except sqlite3.Error as exc:
         raise ConfigError(f"{path}: {exc}") from exc
-    return OutboxReport(waiting, size, by_model, counters, path.stat().st_size)
 
 
 @dataclass(frozen=True, slots=True)

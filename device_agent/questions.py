@@ -1,16 +1,20 @@
 """What a device asks its gateway: out of the outbox, into messages, and settled by what comes back.
 
 Invariants:
-- a question leaves the outbox only when the gateway's reply settles it, or a refusal that would be repeated does;
-- what the link does not take, and what the gateway cannot do now, is due again.
+- a question leaves the outbox only when the gateway's reply settles it, when a refusal that would be repeated moves it
+  to the quarantine, or when an alarm needs its place;
+- what the link does not take, and what the gateway cannot do now, is due again;
+- a reply that names no rows refuses the message that bore its correlation data, and no other.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from device_agent.config import DeviceConfig
 from shoal.codec import EPOCH_BYTES, MAX_ROW_BYTES
-from shoal.delivery.outbox import Item, Key, Outbox, group_by_model
+from shoal.delivery.outbox import Item, Key, Outbox, Priority, Refusal, group_by_model
 from shoal.errors import LinkError
 from shoal.inbox import Delivery
 from shoal.link import Link
@@ -23,8 +27,9 @@ log = logging.getLogger(__name__)
 _PATIENCE = 0.2
 # What a message holds for each row besides the row's own bytes.
 _ROW_HEAD_BYTES = 8
-# Never to be answered: asking again would bring the same reply.
-_SETTLED = {pb.STATUS_OK: "answered", pb.STATUS_INVALID_ARGUMENT: "quarantined"}
+_CORRELATION_BYTES = 8
+# Messages whose rows are remembered until their reply; a full outbox of the default size, asked at once.
+_MAX_OPEN = 1024
 
 # A reply's row, and the seconds since its question was asked.
 OnAnswer = Callable[[pb.RowReply, float], None]
@@ -55,23 +60,28 @@ class Questions:
         self._lane = lane
         self._on_answer = on_answer
         self._epoch = outbox.epoch(config.node)
-        self._asked_at: dict[int, float] = {}
         self._send_at: float | None = 0.0
+        # By correlation data, oldest first. Its start is random: a reply to a process before this one finds nothing.
+        self._open: OrderedDict[bytes, list[Key]] = OrderedDict()
+        self._next_correlation = secrets.randbits(8 * _CORRELATION_BYTES)
         link.subscribe(Route.REPLY, self._on_reply, site=config.site, node=config.node)
         link.on_connect(self._send_at_once)
 
     def ask(self, row: pb.InferenceRow, now: float) -> bool:
         """Owe this question from the next commit on. False when it is accounted for and was not taken."""
-        seq = row.reading.seq
-        item = Item(Key(self._config.node, self._epoch, seq), self._config.model, row.SerializeToString())
+        node = self._config.node
+        key = Key(node, self._epoch, row.reading.seq)
+        priority = Priority.ALARM if row.reason == pb.ASK_REASON_SCORE else Priority.TELEMETRY
+        item = Item(key, self._config.model, row.SerializeToString(), priority)
         if _size(item) > MAX_ROW_BYTES:
-            log.error("reading too large to ask node=%s seq=%d bytes=%d", self._config.node, seq, len(item.payload))
-            self._turn_away("quarantined")
+            log.error("reading too large to ask node=%s seq=%d bytes=%d", node, key.seq, len(item.payload))
+            self._outbox.refuse(item, Refusal("TOO_LARGE", "", f"{_size(item)} bytes, at most {MAX_ROW_BYTES}"))
             return False
-        if not self._outbox.put(item):
-            self._turn_away("dropped.full")
+        if not self._outbox.put(item, now):
+            # It never was in the outbox, which counts `accepted` for those that are.
+            self._count("accepted")
+            self._count("dropped.full")
             return False
-        self._asked_at[seq] = now
         if self._send_at is None:
             self._send_at = now + self._config.linger_s
         return True
@@ -110,17 +120,18 @@ class Questions:
         def done(error: LinkError | None) -> None:
             if error is None:
                 return
+            self._open.pop(correlation, None)
             if error.permanent:
                 log.error("question refused for ever node=%s rows=%d error=%s", self._config.node, len(keys), error)
-                for key in keys:
-                    self._settle(key, "quarantined")
+                self._quarantine(keys, Refusal("REFUSED_BY_BROKER", "", str(error)))
             else:
                 self._outbox.make_due(keys, now)
 
+        correlation = self._remember(keys)
         sent = self._link.publish(
             Route.INFER,
             request,
-            correlation=keys[0].seq.to_bytes(8, "big"),
+            correlation=correlation,
             # Where the broker still holds it by then, the retry has taken its place.
             expiry_s=max(1, round(self._config.retry_after_s)),
             on_done=done,
@@ -128,40 +139,55 @@ class Questions:
             node=self._config.node,
         )
         if not sent:
+            self._open.pop(correlation, None)
             self._outbox.make_due(keys, now)
         return sent
 
     def _on_reply(self, delivery: Delivery) -> None:
         reply = delivery.message
-        if not isinstance(reply, pb.InferenceReply) or len(reply.epoch) != EPOCH_BYTES:
+        if not isinstance(reply, pb.InferenceReply):
+            return
+        asked = self._open.pop(delivery.correlation, [])
+        if len(reply.epoch) != EPOCH_BYTES:
+            if not reply.epoch and len(reply.rows) == 1:
+                self._refused(asked, reply.rows[0])
             return
         for row in reply.rows:
-            key = Key(self._config.node, reply.epoch, row.seq)
-            if row.status in _SETTLED:
-                asked_at = self._asked_at.get(row.seq)
-                if self._settle(key, _SETTLED[row.status]):
-                    self._hear(row, asked_at)
-            else:
-                # Not now: again sooner than after silence, and not at once.
-                self._outbox.count(self._config.node, f"replies.{_status_name(row.status)}")
-                self._outbox.make_due([key], self._clock() + _PATIENCE * self._config.retry_after_s)
+            self._settle(Key(self._config.node, reply.epoch, row.seq), row)
 
-    def _hear(self, row: pb.RowReply, asked_at: float | None) -> None:
-        if row.status != pb.STATUS_OK:
-            log.warning(
-                "reading refused node=%s seq=%d field=%s: %s", self._config.node, row.seq, row.field, row.message
-            )
-        elif asked_at is not None:  # else it was asked by a process before this one: nobody waits for it any more
-            self._on_answer(row, self._clock() - asked_at)
+    def _settle(self, key: Key, row: pb.RowReply) -> None:
+        if row.status == pb.STATUS_OK:
+            put_at = self._outbox.put_at(key)
+            # Where it is not known it was asked by a process before this one: nobody waits for it any more.
+            if self._outbox.settle(key, "answered") and put_at is not None:
+                self._on_answer(row, self._clock() - put_at)
+        elif row.status == pb.STATUS_INVALID_ARGUMENT:
+            if self._quarantine([key], _refusal(row)):
+                log.warning("reading refused node=%s seq=%d field=%s: %s", key.device, row.seq, row.field, row.message)
+        else:
+            # Not now: again sooner than after silence, and not at once.
+            self._count(f"replies.{_status_name(row.status)}")
+            self._outbox.make_due([key], self._clock() + _PATIENCE * self._config.retry_after_s)
 
-    def _settle(self, key: Key, outcome: str) -> bool:
-        self._asked_at.pop(key.seq, None)
-        return self._outbox.settle(key, outcome)
+    def _refused(self, asked: Sequence[Key], row: pb.RowReply) -> None:
+        """The gateway could not use a whole message, and so could not tell whose rows it refuses."""
+        if row.status == pb.STATUS_INVALID_ARGUMENT and (count := self._quarantine(asked, _refusal(row))):
+            log.error("question refused node=%s rows=%d field=%s: %s", self._config.node, count, row.field, row.message)
 
-    def _turn_away(self, outcome: str) -> None:
-        """Account for a question that never was in the outbox, which counts `accepted` for those that are."""
-        self._outbox.count(self._config.node, "accepted")
-        self._outbox.count(self._config.node, outcome)
+    def _quarantine(self, keys: Iterable[Key], refusal: Refusal) -> int:
+        return sum(self._outbox.quarantine(key, refusal) for key in keys)
+
+    def _remember(self, keys: list[Key]) -> bytes:
+        """Make a message's correlation data."""
+        self._next_correlation = (self._next_correlation + 1) % (1 << 8 * _CORRELATION_BYTES)
+        correlation = self._next_correlation.to_bytes(_CORRELATION_BYTES, "big")
+        self._open[correlation] = keys
+        if len(self._open) > _MAX_OPEN:
+            self._open.popitem(last=False)
+        return correlation
+
+    def _count(self, name: str) -> None:
+        self._outbox.count(self._config.node, name)
 
     def _send_at_once(self) -> None:
         self._send_at = 0.0
@@ -170,6 +196,10 @@ class Questions:
 def size_of(row: pb.InferenceRow) -> int:
     """Bytes of a question on its way, but for what a message's rows share."""
     return row.ByteSize() + _ROW_HEAD_BYTES
+
+
+def _refusal(row: pb.RowReply) -> Refusal:
+    return Refusal(_status_name(row.status).upper(), row.field, row.message)
 
 
 def _status_name(status: int) -> str:

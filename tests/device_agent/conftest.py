@@ -78,10 +78,10 @@ class MemoryLink:
         self.connected = False
         self.acknowledge(LinkError("the connection ended before the broker answered"))
 
-    def deliver(self, route, message):
+    def deliver(self, route, message, correlation=b""):
         name = topic(route, site=SITE, node=NODE)
         assert name in self.filters
-        self.inbox.receive(name, encode(message), retained=False, ack=lambda: None)
+        self.inbox.receive(name, encode(message), retained=False, ack=lambda: None, correlation=correlation)
 
 
 class ZeroModel:
@@ -94,9 +94,10 @@ class ZeroModel:
 class Rig:
     """One device; `restart` ends it and starts the next one on the same store."""
 
-    def __init__(self, directory, *, limits=None, window=100, **settings):
+    def __init__(self, directory, *, limits=None, hold=None, window=100, **settings):
         self.path = directory / "outbox.sqlite"
         self.limits = limits
+        self.hold = hold
         self.window = window
         self.config = DeviceConfig(SITE, NODE, MODEL, **settings)
         self.now = 1000.0
@@ -105,7 +106,7 @@ class Rig:
 
     def start(self):
         self.link = MemoryLink(self.window)
-        self.outbox = Outbox(self.path, self.limits)
+        self.outbox = Outbox(self.path, self.limits, hold=self.hold)
         self.device = Device(
             self.config,
             self.link,
@@ -122,7 +123,7 @@ class Rig:
 
     def close(self, *, killed=False):
         if killed:
-            self.outbox._db.close()
+            self.outbox._store.close()
         else:
             self.outbox.close()
 
@@ -145,7 +146,7 @@ class Rig:
         """Commit and tick, as the agent does; return the questions that this sent."""
         self.now += later_s
         before = len(self.link.sent)
-        self.outbox.commit()
+        self.outbox.commit_due(self.now, is_connected=self.link.connected)
         self.device.tick(self.now)
         return [message for route, message, *_ in self.link.sent[before:] if route is Route.INFER]
 
@@ -153,10 +154,24 @@ class Rig:
     def questions(self):
         return [message for route, message, *_ in self.link.sent if route is Route.INFER]
 
-    def reply(self, *seqs, status=pb.STATUS_OK, epoch=None, answer=None):
-        rows = [pb.RowReply(seq=seq, status=status, answer=answer) for seq in seqs]
+    def reply(self, *seqs, status=pb.STATUS_OK, epoch=None, answer=None, field="", message=""):
+        rows = [pb.RowReply(seq=seq, status=status, answer=answer, field=field, message=message) for seq in seqs]
         epoch = self.outbox.epoch(NODE) if epoch is None else epoch
         self.link.deliver(Route.REPLY, pb.InferenceReply(epoch=epoch, model=MODEL, rows=rows))
+
+    def correlation(self, question):
+        """What this question can be answered by."""
+        return next(correlation for _, message, correlation, _ in self.link.sent if message is question)
+
+    def refuse_whole(self, correlation, field="device", message="not yours", status=pb.STATUS_INVALID_ARGUMENT):
+        """What a gateway says of a message that it cannot use: no epoch, and one row without a number."""
+        row = pb.RowReply(status=status, field=field, message=message)
+        self.link.deliver(Route.REPLY, pb.InferenceReply(rows=[row]), correlation)
+
+    def quarantine(self):
+        """As committed, oldest first: number, status, field, message."""
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            return db.execute("SELECT seq, status, field, message FROM quarantine ORDER BY id").fetchall()
 
     def counters(self):
         """As committed, with what waits, read by another connection."""

@@ -4,12 +4,13 @@ import json
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
 from device_agent.commands import main
 from device_agent.outbox_report import size_for
-from shoal.delivery.outbox import Item, Key, Limits, Outbox
+from shoal.delivery.outbox import Item, Key, Limits, Outbox, Refusal
 
 pytestmark = pytest.mark.device
 
@@ -144,3 +145,31 @@ def test_console_that_is_not_installed_is_said():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "shoal[console]" in done.stderr
+
+
+def test_quarantine_is_listed_with_its_reasons(config, capsys):
+    """One line a reading for people, one object for machines, while the agent runs."""
+    directory = config.parent / "data"
+    directory.mkdir()
+    outbox = Outbox(directory / "outbox.sqlite")
+    outbox.refuse(Item(Key("dev-1", b"e" * 16, 7), "m", b"x" * 10), Refusal("TOO_LARGE", "rows", "10 bytes, at most 9"))
+    outbox.commit()
+    assert main(["outbox", "--config", str(config)]) == 0
+    assert "1 readings in quarantine: see --quarantined" in capsys.readouterr().out
+    assert main(["outbox", "--config", str(config), "--quarantined"]) == 0
+    assert capsys.readouterr().out.endswith("Z         7  TOO_LARGE rows: 10 bytes, at most 9\n")
+    assert main(["outbox", "--config", str(config), "--quarantined", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert abs(row.pop("refused_at") - time.time()) < 60
+    assert row == {
+        "device": "dev-1",
+        "epoch": (b"e" * 16).hex(),
+        "seq": 7,
+        "model": "m",
+        "status": "TOO_LARGE",
+        "field": "rows",
+        "message": "10 bytes, at most 9",
+        "size_bytes": 10,
+        "payload": "eHh4eHh4eHh4eA==",
+    }
+    outbox.close()

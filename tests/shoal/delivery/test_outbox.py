@@ -91,7 +91,7 @@ class OutboxMachine(RuleBasedStateMachine):
         committed = self.accepted - self.settled.total()
         assert again.in_flight == committed
         assert all(attempts == 1 for _, attempts in again.take(0.0, 100, 10.0))
-        self.box._db.close()
+        self.box._store.close()
         self.box = again
         self.waiting = [key.seq for key in again.waiting_keys()]
         self.new, self.uncommitted = [], Counter()
@@ -181,7 +181,7 @@ def test_sequence_numbers_are_never_used_twice(tmp_path):
     """A crash skips some."""
     box = Outbox(tmp_path / "a.sqlite")
     first = box.reserve_seqs("cam", 10)
-    box._db.close()
+    box._store.close()
     again = Outbox(tmp_path / "a.sqlite")
     assert list(first) + list(again.reserve_seqs("cam", 5)) == list(range(15))
     again.close()

@@ -63,11 +63,11 @@ class FlakyMachine(RuleBasedStateMachine):
 
     def open(self):
         box = Outbox(self.path)
-        box._db = FlakyDatabase(box._db)
+        box._store.db = FlakyDatabase(box._store.db)
         return box
 
     def teardown(self):
-        self.box._db.close()
+        self.box._store.db.close()
         self.folder.cleanup()
 
     @rule(seq=st.integers(0, 3))
@@ -101,14 +101,14 @@ class FlakyMachine(RuleBasedStateMachine):
     @rule(at=st.integers(0, 4))
     def fail_to_commit(self, at):
         """At BEGIN, at each of the three statements, or at COMMIT."""
-        self.box._db.fail_in = at
+        self.box._store.db.fail_in = at
         with pytest.raises(sqlite3.OperationalError, match="disk I/O"):
             self.box.commit()
-        assert not self.box._db.in_transaction
+        assert not self.box._store.db.in_transaction
 
     @rule()
     def crash(self):
-        self.box._db.close()
+        self.box._store.db.close()
         self.box = self.open()
         self.waiting = sorted(self.on_disk)
         self.new, self.leaving, self.counted = [], Counter(), 0
@@ -132,15 +132,15 @@ TestFlakyMachine = FlakyMachine.TestCase
 def test_full_disk_refuses_and_takes_everything_once_there_is_room(tmp_path):
     """SQLite's own rollback is not undone a second time, and the first error is the one that is raised."""
     box = Outbox(tmp_path / "o.sqlite")
-    pages = box._db.execute("PRAGMA page_count").fetchone()[0]
-    box._db.execute(f"PRAGMA max_page_count = {pages}")
+    pages = box._store.db.execute("PRAGMA page_count").fetchone()[0]
+    box._store.db.execute(f"PRAGMA max_page_count = {pages}")
     for seq in range(5):
         box.put(item(seq, bytes(20_000)))
     for _ in range(2):
         with pytest.raises(sqlite3.OperationalError, match="full"):
             box.commit()
     assert box.take(0.0, 10, 1.0) == []
-    box._db.execute("PRAGMA max_page_count = 1000")
+    box._store.db.execute("PRAGMA max_page_count = 1000")
     assert [key.seq for key in box.commit()] == list(range(5))
     assert box.counters() == {"accepted": 5}
     box.close()
@@ -164,7 +164,7 @@ def test_peer_that_asks_for_patience_for_ever_costs_no_memory(tmp_path):
     box.commit()
     for turn in range(1000):
         box.make_due([item(seq).key for seq in range(10)], 5.0 + turn)
-    assert len(box._due[""]) < 100
+    assert len(box._schedule._heaps[""]) < 100
     assert box.next_due() == 1004.0
     assert [entry.key.seq for entry, _ in box.take(1004.0, 99, 1.0)] == list(range(10))
     box.close()
