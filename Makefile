@@ -87,6 +87,9 @@ bench-gateway: venv $(MOSEC)/.installed ## Measure the gateway beside mosec, an 
 bench-uplink: venv ## Measure what a device's upload budget finds, on real data
 	@$(BIN)/python benchmarks/uplink.py $(ARGS)
 
+bench-outbox: venv ## Measure what the outbox writes to flash for each answered question (needs strace)
+	@PYTHONPATH=. $(BIN)/python benchmarks/outbox_flash.py $(ARGS)
+
 bench-device-step: venv ## Measure what the agent adds to a model call
 	@$(BIN)/python benchmarks/device_step.py $(ARGS)
 

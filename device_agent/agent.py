@@ -20,7 +20,7 @@ from device_agent.sources.call import CallSource, Sensor
 from device_agent.sources.feed import Source
 from device_agent.sources.settings import SourceSettings, make_source
 from shoal.config import BrokerSettings, link_config
-from shoal.delivery.outbox import Limits, Outbox
+from shoal.delivery.outbox import Hold, Limits, Outbox
 from shoal.errors import ConfigError, PayloadError
 from shoal.ids import parse_id
 from shoal.link import Link
@@ -66,6 +66,8 @@ class AgentSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     retry_after_s: _Positive = 10.0
     outbox_items: _Count = 20_000
     outbox_bytes: _Count = 64 << 20
+    outbox_hold_s: Annotated[float, Meta(ge=0)] = 0.0
+    outbox_hold_items: _Count = 256
     state_interval_s: Annotated[float, Meta(gt=0, le=MAX_INTERVAL_S)] = 60.0
     probation_s: Annotated[float, Meta(ge=0)] = 10.0
 
@@ -163,7 +165,9 @@ class Agent:
             closing.callback(loop.close)
             link = Link(broker, identity)
             closing.callback(link.close)
-            outbox = Outbox(directory / "outbox.sqlite", Limits(settings.outbox_items, settings.outbox_bytes))
+            hold = Hold(settings.outbox_hold_s, settings.outbox_hold_items) if settings.outbox_hold_s else None
+            limits = Limits(settings.outbox_items, settings.outbox_bytes)
+            outbox = Outbox(directory / "outbox.sqlite", limits, hold=hold)
             closing.callback(outbox.close)
             device = Device(
                 settings.device_config(), link, outbox, rng=rng, clock=loop.clock, on_outcome=self._on_outcome
@@ -192,12 +196,12 @@ class Agent:
             source.start(intake)
 
             def tick(now: float) -> None:
-                outbox.commit()
+                outbox.commit_due(now, is_connected=link.connected)
                 device.tick(now)
 
             loop.call_every(_TICK_S, tick)
             with loop.stopping_on_signals():
-                loop.run(until=lambda: until_dry and intake.is_dry and not outbox.in_flight and not outbox.is_dirty)
+                loop.run(until=lambda: until_dry and intake.is_dry and not outbox.owed)
             updates.excuse_start()
 
 

@@ -405,6 +405,8 @@ def test_bad_cell_ends_with_two_and_loses_nothing_that_was_read(config, tmp_path
         ("retry_after_s", 0.0),
         ("outbox_items", 0),
         ("outbox_bytes", 0),
+        ("outbox_hold_s", -1.0),
+        ("outbox_hold_items", 0),
         ("state_interval_s", 0.0),
         ("state_interval_s", 601.0),
         ("probation_s", -1.0),

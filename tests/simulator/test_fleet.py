@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from contextlib import closing, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -171,7 +172,7 @@ class Gateway:
 
 def books(settings):
     """What the fleet's own store says, by device: owed numbers and counters."""
-    path = f"{settings.data_dir}/outbox.sqlite"
+    path = Path(settings.data_dir) / "outbox.sqlite"
     with closing(Outbox(path, Limits(200_000, 1 << 30), lane_by_device)) as outbox:
         owed = {(key.device, key.seq) for key in outbox.waiting_keys()}
         return owed, {node: outbox.counters(node) for node in NODES}
