@@ -5,6 +5,7 @@ import signal
 from importlib.util import find_spec
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from fleet_console.broker import BrokerKind, choose_kind, find_mosquitto, start_broker
@@ -15,6 +16,9 @@ _ROOT = Path(__file__).parent.parent
 def pytest_configure():
     """Undo an ignored SIGINT, as background jobs of a shell inherit it: the tests' children must hear Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # How long one example takes says more about the machine's other work than about the code.
+    hypothesis.settings.register_profile("shoal", deadline=None)
+    hypothesis.settings.load_profile("shoal")
 
 
 @pytest.fixture(scope="session")
