@@ -99,7 +99,10 @@ faults-install: venv ## Inject a fault into every system call of an install (min
 gateway-requests: venv ## Ask the gateway 100,000 things, a tenth of them malformed, and check every answer
 	@$(BIN)/python tests/campaigns/gateway_requests.py $(ARGS)
 
-nightly: faults-install mutation-trust gateway-requests ## The long campaigns, one after the other
+agent-kills: venv ## Kill an agent 200 times while readings flow, and close the books (minutes; needs Mosquitto)
+	@$(BIN)/python tests/campaigns/agent_kills.py $(ARGS)
+
+nightly: faults-install mutation-trust gateway-requests agent-kills ## The long campaigns, one after the other
 
 mutation-trust: venv ## Remove each check that trust rests on and see a test fail (minutes)
 	@$(BIN)/python tests/campaigns/mutation_trust.py $(ARGS)
