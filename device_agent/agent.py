@@ -15,7 +15,7 @@ from device_agent.config import DeviceConfig
 from device_agent.device import Device
 from device_agent.policy import PolicyConfig
 from device_agent.readings import Outcome, Reading
-from device_agent.runtime import runtime_name
+from device_agent.runtime import RuntimeKind, runtime_name
 from device_agent.sources.call import CallSource, Sensor
 from device_agent.sources.feed import Source
 from device_agent.sources.settings import SourceSettings, make_source
@@ -53,6 +53,7 @@ class AgentSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data_dir: str
     trusted_root: str
     source: SourceSettings | None = None
+    runtime: RuntimeKind = RuntimeKind.AUTO
     broker: BrokerSettings = msgspec.field(default_factory=BrokerSettings)
     change: ChangeSettings = msgspec.field(default_factory=DeadBandSettings)
     audit_share: _Share = 0.005
@@ -95,6 +96,7 @@ class AgentSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             answer_within_ms=self.answer_within_ms,
             retry_after_s=self.retry_after_s,
             state_interval_s=self.state_interval_s,
+            runtime=self.runtime,
         )
 
 
@@ -176,9 +178,9 @@ class Agent:
                 link,
                 TrustStore(directory / "trust", root),
                 directory / "models",
-                [NodeModel(settings.model, Tier.TIER_DEVICE, runtime_name(), settings.probation_s)],
+                [NodeModel(settings.model, Tier.TIER_DEVICE, runtime_name(settings.runtime), settings.probation_s)],
                 node=settings.node,
-                self_test=ChildSelfTest("device_agent.runtime"),
+                self_test=ChildSelfTest(f"device_agent.runtime:{settings.runtime.value}"),
                 activate=device.activate,
                 deactivate=device.deactivate,
                 find_watch=device.watch,

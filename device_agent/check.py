@@ -37,7 +37,7 @@ class Finding:
 def check(settings: AgentSettings) -> Iterator[Finding]:
     """Look at everything that the agent needs, one after the other."""
     looks: list[tuple[str, Callable[[], str]]] = [
-        ("runtime", runtime_name),
+        ("runtime", lambda: runtime_name(settings.runtime)),
         ("data directory", lambda: _look_at_directory(Path(settings.data_dir), settings.outbox_bytes)),
         ("trusted root", lambda: _look_at_root(Path(settings.trusted_root))),
         ("clock", _look_at_clock),

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from device_agent.change import ChangeSettings, DeadBandSettings
 from device_agent.policy import PolicyConfig
+from device_agent.runtime import RuntimeKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,3 +28,4 @@ class DeviceConfig:
     linger_s: float = 0.0
     max_rows: int = 32
     state_interval_s: float = 60.0
+    runtime: RuntimeKind = RuntimeKind.AUTO

@@ -105,7 +105,8 @@ class Device:
         if artefact is None:
             raise ModelError(f"release {spec.release} of {model} has nothing for devices")
         watch = Watch(parse_baseline(artefact.baseline))
-        self._active = _ActiveModel(spec, artefact, load(path), InputMaker(spec.input), Scaler(spec.input), watch)
+        runtime = load(path, self.config.runtime)
+        self._active = _ActiveModel(spec, artefact, runtime, InputMaker(spec.input), Scaler(spec.input), watch)
         self._policy.forget_scores()
         self._reporter.soon()
 

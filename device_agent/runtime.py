@@ -1,39 +1,77 @@
 """TFLite models on whichever interpreter is installed: LiteRT, or tflite-runtime on machines that it left behind."""
 
 import importlib
+from collections.abc import Mapping
+from enum import StrEnum, unique
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shoal.errors import ConfigError, ModelError
 
-# Distribution and module; the first that is installed is used.
-_RUNTIMES = (("ai-edge-litert", "ai_edge_litert.interpreter"), ("tflite-runtime", "tflite_runtime.interpreter"))
+
+@unique
+class RuntimeKind(StrEnum):
+    """Which interpreter runs the models; `auto` takes the first of the others that is installed."""
+
+    AUTO = "auto"
+    LITERT = "litert"
+    TFLITE = "tflite"
 
 
-def runtime_name() -> str:
-    """The installed runtime as it reports itself: `ai-edge-litert 2.3.0`.
+class _Package(NamedTuple):
+    """What is installed, what is imported, and what to install where it is missing.
+
+    Attributes:
+        runs_hybrid: it is right on integer weights with float activations, as dynamic-range quantization makes them.
+    """
+
+    distribution: str
+    module: str
+    extra: str
+    runs_hybrid: bool
+
+
+_PACKAGES: Mapping[RuntimeKind, _Package] = MappingProxyType(
+    {
+        RuntimeKind.LITERT: _Package("ai-edge-litert", "ai_edge_litert.interpreter", "shoal[device]", runs_hybrid=True),
+        # MEASURED: it loads dynamic-range models and answers wrongly, without a word.
+        RuntimeKind.TFLITE: _Package(
+            "tflite-runtime", "tflite_runtime.interpreter", "shoal[device-tflite] with numpy below 2", runs_hybrid=False
+        ),
+    }
+)
+
+_WEIGHTS = frozenset(map(np.dtype, (np.int8, np.uint8)))
+
+
+def runtime_name(kind: RuntimeKind = RuntimeKind.AUTO) -> str:
+    """The runtime as it reports itself: `ai-edge-litert 2.3.0`.
 
     Raises:
-        ConfigError: none is installed.
+        ConfigError: it is not installed.
     """
-    distribution, _ = _installed()
+    distribution = _installed(kind).distribution
     return f"{distribution} {version(distribution)}"
 
 
-def load(path: Path) -> "TfliteRuntime":
+def load(path: Path, kind: str = RuntimeKind.AUTO) -> "TfliteRuntime":
     """Load a model file.
 
     Raises:
-        ModelError: it cannot be read, or is not one input and one output.
-        ConfigError: no TFLite runtime is installed.
+        ModelError: it cannot be read, is not one input and one output, or this runtime would answer it wrongly.
+        ConfigError: the runtime is not installed.
     """
-    interpreter_class = importlib.import_module(_installed()[1]).Interpreter
+    package = _installed(RuntimeKind(kind))
+    interpreter_class = importlib.import_module(package.module).Interpreter
     try:
         interpreter = interpreter_class(model_path=str(path), num_threads=1)
+        if not package.runs_hybrid:
+            _refuse_hybrid(interpreter, path.name, package.distribution)
         interpreter.allocate_tensors()
     except (ValueError, RuntimeError) as exc:
         raise ModelError(f"{path.name}: {exc}") from exc
@@ -103,11 +141,24 @@ class _TensorKind:
         return (values.astype(np.float32) - self._zero) * self._scale
 
 
-def _installed() -> tuple[str, str]:
-    for distribution, module in _RUNTIMES:
+def _refuse_hybrid(interpreter: Any, name: str, distribution: str) -> None:  # noqa: ANN401  no types published
+    kinds = {tensor["index"]: np.dtype(tensor["dtype"]) for tensor in interpreter.get_tensor_details()}
+    # Private, and the only way to what reads what; both runtimes have it.
+    for operator in interpreter._get_ops_details():  # noqa: SLF001
+        read = {kinds[index] for index in operator["inputs"] if index in kinds}
+        if np.dtype(np.float32) in read and read & _WEIGHTS:
+            raise ModelError(
+                f"{name}: {operator['op_name']} has integer weights and float activations (dynamic-range "
+                f"quantization), which {distribution} answers wrongly: quantize it statically, or run it on LiteRT"
+            )
+
+
+def _installed(kind: RuntimeKind = RuntimeKind.AUTO) -> _Package:
+    wanted = [_PACKAGES[kind]] if kind in _PACKAGES else list(_PACKAGES.values())
+    for package in wanted:
         try:
-            version(distribution)
+            version(package.distribution)
         except PackageNotFoundError:
             continue
-        return distribution, module
-    raise ConfigError("no TFLite runtime: install shoal[device], or shoal[device-tflite] with numpy below 2")
+        return package
+    raise ConfigError(f"no TFLite runtime for {kind.value!r}: install {' or '.join(item.extra for item in wanted)}")

@@ -198,7 +198,7 @@ class Rig:
 @pytest.fixture
 def make_rig(monkeypatch):
     """Make rigs whose models are `ZeroModel`."""
-    monkeypatch.setattr("device_agent.device.load", lambda _: ZeroModel())
+    monkeypatch.setattr("device_agent.device.load", lambda *_: ZeroModel())
     with contextlib.ExitStack() as closing:
 
         def make(directory, **settings):

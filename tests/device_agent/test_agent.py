@@ -11,6 +11,7 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
+from importlib.util import find_spec
 
 import pytest
 from paho.mqtt.client import Client
@@ -410,6 +411,7 @@ def test_bad_cell_ends_with_two_and_loses_nothing_that_was_read(config, tmp_path
         ("state_interval_s", 0.0),
         ("state_interval_s", 601.0),
         ("probation_s", -1.0),
+        ("runtime", "onnx"),
     ],
 )
 def test_setting_out_of_range_is_refused_by_name(config, key, value):
@@ -442,12 +444,18 @@ def test_source_that_cannot_be_is_refused_by_name(config, source, named):
         load_config(config(source=source), AgentSettings)
 
 
+def _missing_runtime():
+    """The one that this environment lacks."""
+    return "tflite" if find_spec("ai_edge_litert") else "litert"
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"site": "Plant"}, "site: 'Plant' is not an id"),
         ({"model": "../model"}, "model: '../model' is not an id"),
         ({"data_dir": "/dev/null/data"}, "data_dir /dev/null/data: Not a directory"),
+        ({"runtime": _missing_runtime()}, "no TFLite runtime for"),
         ({"source": {"kind": "mqtt", "topics": ["a#"]}}, "source mqtt: 'a#' is not a topic filter"),
         ({"source": {"kind": "images", "path": "/nowhere"}}, "source /nowhere: No such file"),
     ],
@@ -474,6 +482,7 @@ def test_settings_of_the_file_reach_the_device(config):
         "answer_within_ms": 50,
         "retry_after_s": 3.0,
         "state_interval_s": 7.0,
+        "runtime": "tflite",
     }
     made = load_config(config(**policy, **device), AgentSettings).device_config()
     assert {name: getattr(made, name) for name in device} == device

@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from device_agent.change import DeadBandSettings, RateSettings
 from device_agent.policy import PolicyConfig
 from device_agent.readings import AnsweredBy, Reading
+from device_agent.runtime import RuntimeKind
 from shoal.codec import EPOCH_BYTES
 from shoal.delivery.outbox import Limits
 from shoal.errors import LinkError, ModelError
@@ -131,6 +134,15 @@ def test_own_answer_goes_with_the_question(make_rig, tmp_path):
     ((row,),) = [question.rows for question in rig.step()]
     assert (row.reason, row.device_answer) == (pb.ASK_REASON_SCORE, pb.Answer(release=4, score=9.0))
     assert (outcome.by, outcome.release, outcome.score, outcome.label) == (AnsweredBy.DEVICE, 4, 9.0, None)
+
+
+def test_models_are_loaded_by_the_runtime_of_the_settings(make_rig, tmp_path, monkeypatch):
+    """Pins that what the self-test judged with is what answers."""
+    rig = make_rig(tmp_path, runtime=RuntimeKind.TFLITE)
+    loaded = []
+    monkeypatch.setattr("device_agent.device.load", lambda *what: loaded.append(what))
+    rig.activate()
+    assert loaded == [(Path("model.tflite"), RuntimeKind.TFLITE)]
 
 
 @pytest.mark.parametrize("values", [(float("nan"),), (float("inf"),), (1.0, 2.0)])

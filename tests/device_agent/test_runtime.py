@@ -1,15 +1,37 @@
 import importlib
+import time
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device_agent.runtime import TfliteRuntime, load, runtime_name
+from device_agent.runtime import RuntimeKind, TfliteRuntime, load, runtime_name
 from shoal.errors import ConfigError, ModelError
+from shoal.release.chunks import digest
+from shoal.release.selftest import Outcome, selftest_in_child
+from shoal.tensors import to_tensor
+from shoal.v1.release_pb2 import Artefact, GoldenVectors
 
 pytestmark = pytest.mark.device
+
+# One network, made into each of them by models/make.py.
+MODELS = Path(__file__).parent / "models"
+MODULES = {RuntimeKind.LITERT: "ai_edge_litert", RuntimeKind.TFLITE: "tflite_runtime"}
+ROW = np.random.default_rng(3).normal(size=(1, 16)).astype(np.float32)
+# Of ROW, by the float network.
+ANSWER = np.float32([-0.0673, 0.3000, -0.0288, 0.1597, 0.3961, -0.3251, 0.2151, 0.0532])
+
+
+@pytest.fixture(params=MODULES, ids=str)
+def kind(request):
+    """Each runtime; the two never share an environment."""
+    if find_spec(MODULES[request.param]) is None:
+        pytest.skip(f"left out: needs {MODULES[request.param]}, which this environment lacks")
+    return request.param
 
 
 @pytest.fixture(scope="session")
@@ -183,6 +205,57 @@ def test_device_without_a_runtime_is_told_what_to_install(monkeypatch):
     monkeypatch.setattr("device_agent.runtime.version", missing)
     with pytest.raises(ConfigError, match=r"install shoal\[device\]"):
         runtime_name()
+
+
+@pytest.mark.parametrize("name", ["float", "static_int8", "static_16x8", "weight_only"])
+def test_each_quantization_answers_as_the_float_network(kind, name):
+    """Pins what runs on both runtimes, and that it is right there: off by less than int8's own steps."""
+    assert np.abs(load(MODELS / f"{name}.tflite", kind).run(ROW) - ANSWER).max() < 0.02
+
+
+@pytest.mark.parametrize("chosen", ["kind", RuntimeKind.AUTO])
+def test_dynamic_range_runs_where_it_is_right_and_is_refused_elsewhere(kind, chosen):
+    """Pins that no device answers wrongly in silence, as tflite-runtime does on such models, and that it says why."""
+    path, chosen = MODELS / "dynamic_range.tflite", kind if chosen == "kind" else chosen
+    if kind is RuntimeKind.LITERT:
+        assert np.abs(load(path, chosen).run(ROW) - ANSWER).max() < 0.02
+    else:
+        with pytest.raises(ModelError, match=r"dynamic_range\.tflite: FULLY_CONNECTED has integer weights.*tflite-run"):
+            load(path, chosen)
+
+
+def test_self_test_uses_the_runtime_that_was_chosen(tmp_path):
+    """Pins that the child judges with what will answer: a runtime that is not there fails it, by name."""
+
+    def judge(kind):
+        path = MODELS / "static_int8.tflite"
+        golden = GoldenVectors(inputs=to_tensor(ROW), outputs=to_tensor(np.float32([ANSWER])), tolerance=0.05)
+        artefact = Artefact(sha256=digest(path.read_bytes()), golden=golden)
+        module = f"device_agent.runtime:{kind}"
+        return selftest_in_child(path, artefact, module, clock=time.monotonic, sleep=time.sleep)
+
+    there = {kind for kind, module in MODULES.items() if find_spec(module)}
+    assert there
+    assert judge(RuntimeKind.AUTO).outcome is Outcome.PASSED
+    for kind in MODULES:
+        verdict = judge(kind)
+        assert verdict.outcome is (Outcome.PASSED if kind in there else Outcome.FAILED)
+        assert kind in there or f"no TFLite runtime for '{kind}'" in verdict.reason
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_runtime_that_is_chosen_and_missing_is_no_other(monkeypatch, kind):
+    """Pins that a choice is not overruled in silence, and that the operator is told what to install."""
+
+    def only_the_other(name):
+        if name == MODULES[kind].replace("_", "-"):
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr("device_agent.runtime.version", only_the_other)
+    assert runtime_name().endswith(" 1.0")  # auto finds the other
+    with pytest.raises(ConfigError, match=f"for '{kind}': install shoal"):
+        runtime_name(kind)
 
 
 def test_image_classifier_answers_as_mlperf_tiny_says(model_path, shared_data):

@@ -110,7 +110,7 @@ class ChildSelfTest:
     """Runs each self-test in a process of its own.
 
     Args:
-        runtime_module: has `load(path: Path) -> Runtime`; only the child imports it.
+        runtime_module: has `load(path: Path) -> Runtime`; only the child imports it. `module:kind` hands on `kind`.
     """
 
     def __init__(self, runtime_module: str, limits: Limits | None = None) -> None:
@@ -207,7 +207,8 @@ def _judge(runtime_module: str, path: Path, artefact: Artefact) -> str:
     try:
         if digest(path.read_bytes()) != artefact.sha256:
             raise ModelError("the file is not the artefact that was signed")  # noqa: TRY301
-        run_golden(importlib.import_module(runtime_module).load(path), artefact)
+        name, _, kind = runtime_module.partition(":")
+        run_golden(importlib.import_module(name).load(path, *filter(None, [kind])), artefact)
     except Exception as exc:  # noqa: BLE001  whatever a model file provokes is a verdict on it
         return f"{type(exc).__name__}: {exc}"[:_REASON_BYTES]
     return ""
