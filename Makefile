@@ -93,6 +93,16 @@ bench-outbox: venv ## Measure what the outbox writes to flash for each answered 
 bench-device-step: venv ## Measure what the agent adds to a model call
 	@$(BIN)/python benchmarks/device_step.py $(ARGS)
 
+FOOTPRINT := benchmarks/.venv
+
+$(FOOTPRINT)/.installed: pyproject.toml constraints.txt
+	@echo "Installing the device alone, on LiteRT, into $(FOOTPRINT)"
+	@test -x $(FOOTPRINT)/bin/python || $(PYTHON) -m venv $(FOOTPRINT)
+	@$(FOOTPRINT)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[device]' && touch $@
+
+bench-device-footprint: venv venv-device $(FOOTPRINT)/.installed ## Measure the agent's memory, start and CPU (minutes; needs Mosquitto)
+	@$(BIN)/python -m benchmarks.device_footprint $(FOOTPRINT)/bin/python $(DEVICE_BIN)/python $(ARGS)
+
 faults-install: venv ## Inject a fault into every system call of an install (minutes; needs strace)
 	@$(BIN)/python tests/campaigns/faults_install.py $(ARGS)
 
@@ -110,5 +120,5 @@ mutation-trust: venv ## Remove each check that trust rests on and see a test fai
 check: lint test ## What CI runs, but for the demos
 
 clean: ## Remove environments, caches and demo output
-	rm -rf .venv .venv-device $(MOSEC) benchmarks/gateway/.cache demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
+	rm -rf .venv .venv-device $(MOSEC) $(FOOTPRINT) benchmarks/gateway/.cache demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
 	find . -name __pycache__ -prune -exec rm -rf {} +

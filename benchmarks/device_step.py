@@ -135,7 +135,9 @@ def make_device(outbox: Outbox, path: Path) -> Device:
 
 def make_bare(path: Path):
     """The interpreter by itself, with or without what any caller must copy in and out."""
-    interpreter = import_module(runtime._installed().module).Interpreter(model_path=str(path), num_threads=1)
+    interpreter = import_module(f"{runtime._installed().name}.interpreter").Interpreter(
+        model_path=str(path), num_threads=1
+    )
     interpreter.allocate_tensors()
     entry, result = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
 

@@ -13,6 +13,8 @@ from msgspec import Meta
 from device_agent.change import ChangeSettings, DeadBandSettings
 from device_agent.config import DeviceConfig
 from device_agent.device import Device
+from device_agent.memory import give_back
+from device_agent.notify import ALIVE, READY, STOPPING, Notifier
 from device_agent.policy import PolicyConfig
 from device_agent.readings import Outcome, Reading
 from device_agent.runtime import RuntimeKind, runtime_name
@@ -24,19 +26,21 @@ from shoal.delivery.outbox import Hold, Limits, Outbox
 from shoal.errors import ConfigError, PayloadError
 from shoal.ids import parse_id
 from shoal.link import Link
-from shoal.link_config import Identity, LinkConfig, node_identity
+from shoal.link_config import Identity, LinkConfig, node_identity, parse_broker_url
 from shoal.loop import Loop
 from shoal.release.client import UpdateClient
 from shoal.release.offer import NodeModel
 from shoal.release.selftest import ChildSelfTest
 from shoal.release.trust import TrustStore
 from shoal.state import MAX_INTERVAL_S
-from shoal.v1.release_pb2 import Tier
+from shoal.v1.release_pb2 import ReleaseSpec, Tier
 
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.1
 _SESSION_EXPIRY_S = 86_400
+# By then a start or an activation is over, and what it needed is garbage.
+_LOADED_S = 2.0
 
 # Checked while the file is read, so that the message names the key.
 _Share = Annotated[float, Meta(ge=0, le=1)]
@@ -45,7 +49,7 @@ _Count = Annotated[int, Meta(gt=0)]
 
 
 class AgentSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The agent's TOML file; see docs/devices.md."""
+    """The agent's TOML file; see docs/device.md."""
 
     site: str
     node: str
@@ -129,7 +133,7 @@ class Agent:
     """One device as a process, or part of an application's.
 
     Args:
-        settings: see docs/devices.md.
+        settings: see docs/device.md.
         source: where readings come from: a `Source`, or a function to call `rate_hz` times a second; by default the
             settings' own.
         rate_hz: for a function.
@@ -155,7 +159,7 @@ class Agent:
             ConfigError: a file that the settings name is missing or unusable, or a name is not an id.
         """
         settings = self._settings
-        identity = _identity(settings)
+        identity = check_names(settings)
         root = _read_root(settings)
         directory = _make_directory(settings)
         rng = random.SystemRandom()
@@ -174,6 +178,11 @@ class Agent:
             device = Device(
                 settings.device_config(), link, outbox, rng=rng, clock=loop.clock, on_outcome=self._on_outcome
             )
+
+            def activate(model: str, spec: ReleaseSpec, path: Path) -> None:
+                device.activate(model, spec, path)
+                loop.call_at(loop.clock() + _LOADED_S, lambda _: give_back())
+
             updates = UpdateClient(
                 link,
                 TrustStore(directory / "trust", root),
@@ -181,7 +190,7 @@ class Agent:
                 [NodeModel(settings.model, Tier.TIER_DEVICE, runtime_name(settings.runtime), settings.probation_s)],
                 node=settings.node,
                 self_test=ChildSelfTest(f"device_agent.runtime:{settings.runtime.value}"),
-                activate=device.activate,
+                activate=activate,
                 deactivate=device.deactivate,
                 find_watch=device.watch,
                 rng=rng,
@@ -192,6 +201,7 @@ class Agent:
             device.clock_suspect = lambda: updates.clock_suspect
             updates.start()
             link.attach(loop)
+            loop.call_at(loop.clock() + _LOADED_S, lambda _: give_back())
             loop.call_every(_TICK_S, updates.tick)
             intake = _Intake(device, loop)
             closing.callback(source.close)
@@ -202,8 +212,13 @@ class Agent:
                 device.tick(now)
 
             loop.call_every(_TICK_S, tick)
+            service = Notifier()
+            loop.call_at(loop.clock(), lambda _: service.tell(READY))
+            if service.beat_s is not None:
+                loop.call_every(service.beat_s, lambda _: service.tell(ALIVE))
             with loop.stopping_on_signals():
                 loop.run(until=lambda: until_dry and intake.is_dry and not outbox.owed)
+            service.tell(STOPPING)
             updates.excuse_start()
 
 
@@ -218,7 +233,13 @@ def _own_source(settings: AgentSettings, broker: LinkConfig, rng: random.Random)
     return make_source(settings.source, node=settings.node, broker=broker, rng=rng)
 
 
-def _identity(settings: AgentSettings) -> Identity:
+def check_names(settings: AgentSettings) -> Identity:
+    """Who the settings say that this device is.
+
+    Raises:
+        ConfigError: a name is not an id, or the broker's address is none.
+    """
+    parse_broker_url(settings.broker.url)
     try:
         parse_id(settings.model, "model")
         return node_identity(settings.site, settings.node, "device")

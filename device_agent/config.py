@@ -9,7 +9,7 @@ from device_agent.runtime import RuntimeKind
 
 @dataclass(frozen=True, slots=True)
 class DeviceConfig:
-    """One device's settings; see docs/devices.md.
+    """One device's settings; see docs/device.md.
 
     Attributes:
         answer_within_ms: how long the application waits for the gateway's answer; 0 is no hurry.

@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Mapping
 from enum import StrEnum, unique
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -24,24 +24,24 @@ class RuntimeKind(StrEnum):
 
 
 class _Package(NamedTuple):
-    """What is installed, what is imported, and what to install where it is missing.
+    """A distribution, its package, and what to install where it is missing.
 
     Attributes:
         runs_hybrid: it is right on integer weights with float activations, as dynamic-range quantization makes them.
     """
 
     distribution: str
-    module: str
+    name: str
     extra: str
     runs_hybrid: bool
 
 
 _PACKAGES: Mapping[RuntimeKind, _Package] = MappingProxyType(
     {
-        RuntimeKind.LITERT: _Package("ai-edge-litert", "ai_edge_litert.interpreter", "shoal[device]", runs_hybrid=True),
+        RuntimeKind.LITERT: _Package("ai-edge-litert", "ai_edge_litert", "shoal[device]", runs_hybrid=True),
         # MEASURED: it loads dynamic-range models and answers wrongly, without a word.
         RuntimeKind.TFLITE: _Package(
-            "tflite-runtime", "tflite_runtime.interpreter", "shoal[device-tflite] with numpy below 2", runs_hybrid=False
+            "tflite-runtime", "tflite_runtime", "shoal[device-tflite] with numpy below 2", runs_hybrid=False
         ),
     }
 )
@@ -55,8 +55,9 @@ def runtime_name(kind: RuntimeKind = RuntimeKind.AUTO) -> str:
     Raises:
         ConfigError: it is not installed.
     """
-    distribution = _installed(kind).distribution
-    return f"{distribution} {version(distribution)}"
+    package = _installed(kind)
+    # The installed metadata knows it too, and reading that costs a device more memory than a model does.
+    return f"{package.distribution} {importlib.import_module(package.name).__version__}"
 
 
 def load(path: Path, kind: str = RuntimeKind.AUTO) -> "TfliteRuntime":
@@ -67,7 +68,7 @@ def load(path: Path, kind: str = RuntimeKind.AUTO) -> "TfliteRuntime":
         ConfigError: the runtime is not installed.
     """
     package = _installed(RuntimeKind(kind))
-    interpreter_class = importlib.import_module(package.module).Interpreter
+    interpreter_class = importlib.import_module(f"{package.name}.interpreter").Interpreter
     try:
         interpreter = interpreter_class(model_path=str(path), num_threads=1)
         if not package.runs_hybrid:
@@ -156,9 +157,6 @@ def _refuse_hybrid(interpreter: Any, name: str, distribution: str) -> None:  # n
 def _installed(kind: RuntimeKind = RuntimeKind.AUTO) -> _Package:
     wanted = [_PACKAGES[kind]] if kind in _PACKAGES else list(_PACKAGES.values())
     for package in wanted:
-        try:
-            version(package.distribution)
-        except PackageNotFoundError:
-            continue
-        return package
+        if find_spec(package.name) is not None:
+            return package
     raise ConfigError(f"no TFLite runtime for {kind.value!r}: install {' or '.join(item.extra for item in wanted)}")

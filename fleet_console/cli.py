@@ -109,7 +109,7 @@ def watch(
 
 @app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 def device(context: typer.Context) -> None:
-    """Run and look after the agent of one device: run, check, outbox; see docs/devices.md."""
+    """Run and look after the agent of one device: init, run, check, outbox; see docs/device.md."""
     from device_agent.commands import main as run  # noqa: PLC0415
 
     raise typer.Exit(run(context.args))

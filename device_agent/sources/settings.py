@@ -4,6 +4,8 @@ import os
 import random
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
+from typing import get_args
 
 from device_agent.sources.camera import CameraSettings, CameraSource
 from device_agent.sources.csv_replay import CsvSettings, CsvSource
@@ -15,6 +17,9 @@ from device_agent.sources.stdin import StdinSettings, StdinSource
 from shoal.link_config import LinkConfig, parse_broker_url
 
 SourceSettings = CsvSettings | HostSettings | ImagesSettings | CameraSettings | MqttSettings | StdinSettings
+SOURCES: Mapping[str, type[SourceSettings]] = MappingProxyType(
+    {str(kind.__struct_config__.tag): kind for kind in get_args(SourceSettings)}
+)
 
 
 def make_source(

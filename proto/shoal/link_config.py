@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
+from shoal import __version__
 from shoal.codec import MAX_PAYLOAD_BYTES
 from shoal.errors import ConfigError
 from shoal.ids import parse_id
@@ -28,7 +28,7 @@ class LinkConfig:
     host: str
     port: int = 1883
     username: str = ""
-    password: str = ""
+    password: str = field(default="", repr=False)  # so that no log has it
     tls_ca: str | None = None
     tls_cert: str | None = None
     tls_key: str | None = None
@@ -59,13 +59,13 @@ def node_identity(site: str, node: str, role: str) -> Identity:
         PayloadError: the site or node is not a valid id.
     """
     segments = {"site": parse_id(site, "site"), "node": parse_id(node, "node")}
-    return Identity(node, role, (Route.PRESENCE, segments), version("shoal"))
+    return Identity(node, role, (Route.PRESENCE, segments), __version__)
 
 
 def service_identity(service: str) -> Identity:
     """The identity of a cloud service, which is also a node of the site `cloud` for commands."""
     segments = {"service": parse_id(service, "service"), "site": CLOUD_SITE}
-    return Identity(service, service, (Route.CLOUD_PRESENCE, segments), version("shoal"))
+    return Identity(service, service, (Route.CLOUD_PRESENCE, segments), __version__)
 
 
 def parse_broker_url(url: str, *, session_expiry_s: int = _DAY_S) -> LinkConfig:
