@@ -21,6 +21,7 @@ from device_agent.runtime import RuntimeKind, runtime_name
 from device_agent.sources.call import CallSource, Sensor
 from device_agent.sources.feed import Source
 from device_agent.sources.settings import SourceSettings, make_source
+from device_agent.timekeeping import Timekeeper, count_boot, kernel_boot_id
 from shoal.config import BrokerSettings, link_config
 from shoal.delivery.outbox import Hold, Limits, Outbox
 from shoal.errors import ConfigError, PayloadError
@@ -198,6 +199,8 @@ class Agent:
             )
             closing.callback(updates.close)
             device.model_states = updates.state
+            boot_id = kernel_boot_id()
+            device.timekeeper = Timekeeper(boot_id, count_boot(directory / "boots", boot_id))
             device.clock_suspect = lambda: updates.clock_suspect
             updates.start()
             link.attach(loop)

@@ -14,13 +14,12 @@ from pathlib import Path
 
 from device_agent.agent import AgentSettings
 from device_agent.runtime import runtime_name
+from device_agent.timekeeping import BORN, is_unsynced
 from shoal.config import link_config
 from shoal.errors import ConfigError
 from shoal.link_config import LinkConfig
 
 _CONNECT_S = 5.0
-# Older than any release of Shoal: a clock that stands before it was never set.
-_BORN = datetime(2026, 1, 1, tzinfo=UTC)
 # Beside the outbox: two releases, TUF's files, SQLite's log.
 _SPARE_BYTES = 64 << 20
 
@@ -76,9 +75,10 @@ def _look_at_root(path: Path) -> str:
 
 def _look_at_clock() -> str:
     now = datetime.now(UTC)
-    if now < _BORN:
+    if now < BORN:
         raise ConfigError(f"it says {now:%Y-%m-%d}: readings will be marked as of suspect time until NTP has set it")
-    return f"{now:%Y-%m-%d %H:%M} UTC"
+    doubt = "; the kernel knows of nobody who keeps it, so readings will say that they are not synchronised"
+    return f"{now:%Y-%m-%d %H:%M} UTC{doubt if is_unsynced() else ''}"
 
 
 def _look_at_broker(config: LinkConfig) -> str:

@@ -22,6 +22,7 @@ from device_agent.policy import Choice, UploadPolicy
 from device_agent.questions import Questions, size_of
 from device_agent.readings import AnsweredBy, Outcome, Reading
 from device_agent.runtime import load
+from device_agent.timekeeping import Timekeeper
 from shoal.commands import CommandDesk
 from shoal.delivery.outbox import Outbox
 from shoal.errors import ModelError
@@ -29,7 +30,7 @@ from shoal.link import Link
 from shoal.release.probation import Watch, parse_baseline
 from shoal.release.selftest import Runtime
 from shoal.scoring import Scaler, score_rows
-from shoal.state import Report, StateReporter
+from shoal.state import Report, StateReporter, quality_of
 from shoal.v1 import inference_pb2 as pb
 from shoal.v1.node_pb2 import ModelState, UploadState
 from shoal.v1.release_pb2 import Artefact, ReleaseSpec, Tier
@@ -64,7 +65,8 @@ class Device:
 
     Attributes:
         model_states: what the update client says of the slots, for NodeState.
-        clock_suspect: what it says of the system's clock, for NodeState.
+        clock_suspect: what it says of the system's clock.
+        timekeeper: what is known of it besides; the simulator's devices have none, and never doubt theirs.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Device:
         self.link = link
         self.model_states: Callable[[], list[ModelState]] = list
         self.clock_suspect: Callable[[], bool] = bool
+        self.timekeeper: Timekeeper | None = None
         self._outbox = outbox
         self._rng = rng
         self._on_outcome = on_outcome
@@ -190,10 +193,13 @@ class Device:
         data = SensorData(
             seq=seq,
             captured_at_us=reading.captured_at_us,
-            time_quality=TimeQuality.TIME_QUALITY_SYNCED,
+            time_quality=self._time_quality(),
             scalars=Scalars(values=reading.values.ravel().tolist()),
             reference=reading.reference,
         )
+        if self.timekeeper is not None and data.time_quality != TimeQuality.TIME_QUALITY_SYNCED:
+            boot = self.timekeeper.now()
+            data.boot_id, data.since_boot_us = boot.boot_id, boot.since_boot_us
         row = pb.InferenceRow(reading=data, reason=_REASONS[choice], device_answer=answer)
         if not self._policy.spend(size_of(row), now):
             self._count(Choice.OVER_BUDGET.value)
@@ -254,7 +260,13 @@ class Device:
     def _report(self) -> Report:
         counters: Counter[str] = self._outbox.counters(self.config.node)
         counters.update(self.link.counters)
-        return Report(counters, self.model_states(), self.clock_suspect(), self._upload_state())
+        boot = None if self.timekeeper is None else self.timekeeper.now()
+        return Report(counters, self.model_states(), self._time_quality(), self._upload_state(), boot)
+
+    def _time_quality(self) -> TimeQuality:
+        if self.timekeeper is None:
+            return quality_of(clock_suspect=self.clock_suspect())
+        return self.timekeeper.quality(clock_suspect=self.clock_suspect())
 
     def _upload_state(self) -> UploadState:
         return UploadState(

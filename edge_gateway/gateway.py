@@ -29,7 +29,7 @@ from shoal.link import Link
 from shoal.loop import Loop
 from shoal.release.probation import Watch, parse_baseline
 from shoal.routes import Route
-from shoal.state import Report, StateReporter
+from shoal.state import Report, StateReporter, quality_of
 from shoal.v1 import inference_pb2 as pb
 from shoal.v1.node_pb2 import ModelState
 from shoal.v1.release_pb2 import ReleaseSpec, Tier
@@ -283,7 +283,7 @@ class Gateway:
                 bound = histogram.quantile(share / 100)
                 if bound < float("inf"):
                     counters[f"{name}.p{share}_us"] = int(bound * 1_000_000)
-        return Report(counters, self.model_states(), self.clock_suspect())
+        return Report(counters, self.model_states(), quality_of(clock_suspect=self.clock_suspect()))
 
     def _report_now(self) -> str:
         self._reporter.soon()

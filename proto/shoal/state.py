@@ -9,10 +9,24 @@ from dataclasses import dataclass
 from shoal.link import Link
 from shoal.routes import Route
 from shoal.v1.node_pb2 import ModelState, NodeState, UploadState
-from shoal.v1.sensor_pb2 import TIME_QUALITY_SUSPECT, TIME_QUALITY_SYNCED
+from shoal.v1.sensor_pb2 import TimeQuality
 
 # DESIGN section 2: again at a jittered interval of at most 10 minutes.
 MAX_INTERVAL_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class BootTime:
+    """A moment on the clock that nobody sets: microseconds since a boot of the machine.
+
+    Attributes:
+        boot_id: as the kernel names it, 16 bytes.
+        count: of the boots that this node's store has seen.
+    """
+
+    boot_id: bytes
+    count: int
+    since_boot_us: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +35,14 @@ class Report:
 
     counters: Counter[str]
     models: Sequence[ModelState] = ()
-    clock_suspect: bool = False
+    time_quality: TimeQuality = TimeQuality.TIME_QUALITY_SYNCED
     upload: UploadState | None = None
+    boot: BootTime | None = None
+
+
+def quality_of(*, clock_suspect: bool) -> TimeQuality:
+    """The quality of a clock of which only signed metadata says anything."""
+    return TimeQuality.TIME_QUALITY_SUSPECT if clock_suspect else TimeQuality.TIME_QUALITY_SYNCED
 
 
 class StateReporter:
@@ -66,9 +86,12 @@ class StateReporter:
             version=self._link.identity.version,
             counters=dict(report.counters),
             models=report.models,
-            time_quality=TIME_QUALITY_SUSPECT if report.clock_suspect else TIME_QUALITY_SYNCED,
+            time_quality=report.time_quality,
             upload=report.upload,
         )
+        if report.boot is not None:
+            state.boot_id, state.boot_count = report.boot.boot_id, report.boot.count
+            state.since_boot_us = report.boot.since_boot_us
         if route is Route.PRESENCE:
             return self._link.publish(Route.STATE, state, site=segments["site"], node=segments["node"])
         return self._link.publish(Route.CLOUD_STATE, state, service=segments["service"])

@@ -52,6 +52,7 @@ class Gateway:
         self.rows = []
         self.replayed = set()
         self.counters = {}
+        self.state = None
         self.online = None
 
     def _on_question(self, delivery):
@@ -64,6 +65,7 @@ class Gateway:
             assert self.link.publish(Route.REPLY, reply, site=self.site, node=question.device)
 
     def _on_state(self, delivery):
+        self.state = delivery.message
         self.counters = dict(delivery.message.counters)
 
     def _on_presence(self, delivery):
@@ -164,6 +166,8 @@ def test_agent_asks_is_answered_and_ends_on_sigterm(config, gateway):
     assert [list(reading.scalars.values) for reading in readings] == [[row / 2, row] for row in range(ROWS)]
     expected = {"produced": ROWS, "accepted": ROWS, "asked.no_model": ROWS, "answered": ROWS}
     assert {name: value for name, value in peer.counters.items() if name in expected} == expected
+    assert (len(peer.state.boot_id), peer.state.boot_count) == (16, 1)
+    assert peer.state.since_boot_us > 0
     peer.until(lambda: peer.online is False)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from shoal.link_config import node_identity, service_identity
 from shoal.routes import Route
-from shoal.state import MAX_INTERVAL_S, Report, StateReporter
+from shoal.state import MAX_INTERVAL_S, BootTime, Report, StateReporter
 from shoal.v1.node_pb2 import ModelState, UploadState
 from shoal.v1.sensor_pb2 import TIME_QUALITY_SUSPECT, TIME_QUALITY_SYNCED
 
@@ -50,13 +50,16 @@ def reporter_of(wire, seed=1, **options):
 
 def test_state_bears_what_the_report_says(wire):
     """Counters, models, the doubt in the clock, and who it is."""
-    report = Report(Counter(answered=3), [ModelState(model="digits", release=7)], clock_suspect=True)
+    report = Report(
+        Counter(answered=3), [ModelState(model="digits", release=7)], TIME_QUALITY_SUSPECT, BootTime(b"b" * 16, 3, 70)
+    )
     StateReporter(wire, lambda: report, rng=random.Random(1)).tick(0.0)
     route, segments, state = wire.published[0]
     assert (route, segments) == (Route.STATE, {"site": "plant", "node": "cam"})
     assert dict(state.counters) == {"answered": 3}
     assert [(model.model, model.release) for model in state.models] == [("digits", 7)]
     assert (state.role, state.version, state.time_quality) == ("device", wire.identity.version, TIME_QUALITY_SUSPECT)
+    assert (state.boot_id, state.boot_count, state.since_boot_us) == (b"b" * 16, 3, 70)
     assert state.at_us > 0
     assert not state.HasField("upload")
 

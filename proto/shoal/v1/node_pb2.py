@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from shoal.v1 import sensor_pb2 as shoal_dot_v1_dot_sensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13shoal/v1/node.proto\x12\x08shoal.v1\x1a\x15shoal/v1/sensor.proto\"Y\n\x08Presence\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0e\n\x06online\x18\x02 \x01(\x08\x12\r\n\x05\x61t_us\x18\x03 \x01(\x03\x12\x0c\n\x04role\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\t\"\xf3\x01\n\nModelState\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07release\x18\x02 \x01(\r\x12\"\n\x05phase\x18\x03 \x01(\x0e\x32\x13.shoal.v1.SlotPhase\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\x0f\n\x07runtime\x18\x05 \x01(\t\x12\x17\n\x0frefused_release\x18\x06 \x01(\r\x12\x16\n\x0erefused_reason\x18\x07 \x01(\t\x12\x0f\n\x07\x61nswers\x18\x08 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\t \x01(\x04\x12\x1b\n\x0e\x64ivergence_ppm\x18\n \x01(\rH\x00\x88\x01\x01\x42\x11\n\x0f_divergence_ppm\"G\n\x0bUploadState\x12\x11\n\tthreshold\x18\x01 \x01(\x01\x12\x12\n\nbudget_ppm\x18\x02 \x01(\r\x12\x11\n\tasked_ppm\x18\x03 \x01(\r\"\x99\x02\n\tNodeState\x12\r\n\x05\x61t_us\x18\x01 \x01(\x03\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x33\n\x08\x63ounters\x18\x04 \x03(\x0b\x32!.shoal.v1.NodeState.CountersEntry\x12$\n\x06models\x18\x05 \x03(\x0b\x32\x14.shoal.v1.ModelState\x12+\n\x0ctime_quality\x18\x06 \x01(\x0e\x32\x15.shoal.v1.TimeQuality\x12%\n\x06upload\x18\x07 \x01(\x0b\x32\x15.shoal.v1.UploadState\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01*\xa0\x01\n\tSlotPhase\x12\x1a\n\x16SLOT_PHASE_UNSPECIFIED\x10\x00\x12\x14\n\x10SLOT_PHASE_EMPTY\x10\x01\x12\x16\n\x12SLOT_PHASE_WRITTEN\x10\x02\x12\x18\n\x14SLOT_PHASE_PROBATION\x10\x03\x12\x18\n\x14SLOT_PHASE_CONFIRMED\x10\x04\x12\x15\n\x11SLOT_PHASE_FAILED\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13shoal/v1/node.proto\x12\x08shoal.v1\x1a\x15shoal/v1/sensor.proto\"Y\n\x08Presence\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0e\n\x06online\x18\x02 \x01(\x08\x12\r\n\x05\x61t_us\x18\x03 \x01(\x03\x12\x0c\n\x04role\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\t\"\xf3\x01\n\nModelState\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07release\x18\x02 \x01(\r\x12\"\n\x05phase\x18\x03 \x01(\x0e\x32\x13.shoal.v1.SlotPhase\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\x0f\n\x07runtime\x18\x05 \x01(\t\x12\x17\n\x0frefused_release\x18\x06 \x01(\r\x12\x16\n\x0erefused_reason\x18\x07 \x01(\t\x12\x0f\n\x07\x61nswers\x18\x08 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\t \x01(\x04\x12\x1b\n\x0e\x64ivergence_ppm\x18\n \x01(\rH\x00\x88\x01\x01\x42\x11\n\x0f_divergence_ppm\"G\n\x0bUploadState\x12\x11\n\tthreshold\x18\x01 \x01(\x01\x12\x12\n\nbudget_ppm\x18\x02 \x01(\r\x12\x11\n\tasked_ppm\x18\x03 \x01(\r\"\xd5\x02\n\tNodeState\x12\r\n\x05\x61t_us\x18\x01 \x01(\x03\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x33\n\x08\x63ounters\x18\x04 \x03(\x0b\x32!.shoal.v1.NodeState.CountersEntry\x12$\n\x06models\x18\x05 \x03(\x0b\x32\x14.shoal.v1.ModelState\x12+\n\x0ctime_quality\x18\x06 \x01(\x0e\x32\x15.shoal.v1.TimeQuality\x12%\n\x06upload\x18\x07 \x01(\x0b\x32\x15.shoal.v1.UploadState\x12\x0f\n\x07\x62oot_id\x18\x0b \x01(\x0c\x12\x12\n\nboot_count\x18\x0c \x01(\r\x12\x15\n\rsince_boot_us\x18\r \x01(\x04\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01*\xa0\x01\n\tSlotPhase\x12\x1a\n\x16SLOT_PHASE_UNSPECIFIED\x10\x00\x12\x14\n\x10SLOT_PHASE_EMPTY\x10\x01\x12\x16\n\x12SLOT_PHASE_WRITTEN\x10\x02\x12\x18\n\x14SLOT_PHASE_PROBATION\x10\x03\x12\x18\n\x14SLOT_PHASE_CONFIRMED\x10\x04\x12\x15\n\x11SLOT_PHASE_FAILED\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_NODESTATE_COUNTERSENTRY']._loaded_options = None
   _globals['_NODESTATE_COUNTERSENTRY']._serialized_options = b'8\001'
-  _globals['_SLOTPHASE']._serialized_start=751
-  _globals['_SLOTPHASE']._serialized_end=911
+  _globals['_SLOTPHASE']._serialized_start=811
+  _globals['_SLOTPHASE']._serialized_end=971
   _globals['_PRESENCE']._serialized_start=56
   _globals['_PRESENCE']._serialized_end=145
   _globals['_MODELSTATE']._serialized_start=148
@@ -43,7 +43,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPLOADSTATE']._serialized_start=393
   _globals['_UPLOADSTATE']._serialized_end=464
   _globals['_NODESTATE']._serialized_start=467
-  _globals['_NODESTATE']._serialized_end=748
-  _globals['_NODESTATE_COUNTERSENTRY']._serialized_start=701
-  _globals['_NODESTATE_COUNTERSENTRY']._serialized_end=748
+  _globals['_NODESTATE']._serialized_end=808
+  _globals['_NODESTATE_COUNTERSENTRY']._serialized_start=761
+  _globals['_NODESTATE_COUNTERSENTRY']._serialized_end=808
 # @@protoc_insertion_point(module_scope)

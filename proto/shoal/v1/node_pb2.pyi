@@ -72,7 +72,7 @@ class UploadState(_message.Message):
     def __init__(self, threshold: _Optional[float] = ..., budget_ppm: _Optional[int] = ..., asked_ppm: _Optional[int] = ...) -> None: ...
 
 class NodeState(_message.Message):
-    __slots__ = ("at_us", "role", "version", "counters", "models", "time_quality", "upload")
+    __slots__ = ("at_us", "role", "version", "counters", "models", "time_quality", "upload", "boot_id", "boot_count", "since_boot_us")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -87,6 +87,9 @@ class NodeState(_message.Message):
     MODELS_FIELD_NUMBER: _ClassVar[int]
     TIME_QUALITY_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_FIELD_NUMBER: _ClassVar[int]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    BOOT_COUNT_FIELD_NUMBER: _ClassVar[int]
+    SINCE_BOOT_US_FIELD_NUMBER: _ClassVar[int]
     at_us: int
     role: str
     version: str
@@ -94,4 +97,7 @@ class NodeState(_message.Message):
     models: _containers.RepeatedCompositeFieldContainer[ModelState]
     time_quality: _sensor_pb2.TimeQuality
     upload: UploadState
-    def __init__(self, at_us: _Optional[int] = ..., role: _Optional[str] = ..., version: _Optional[str] = ..., counters: _Optional[_Mapping[str, int]] = ..., models: _Optional[_Iterable[_Union[ModelState, _Mapping]]] = ..., time_quality: _Optional[_Union[_sensor_pb2.TimeQuality, str]] = ..., upload: _Optional[_Union[UploadState, _Mapping]] = ...) -> None: ...
+    boot_id: bytes
+    boot_count: int
+    since_boot_us: int
+    def __init__(self, at_us: _Optional[int] = ..., role: _Optional[str] = ..., version: _Optional[str] = ..., counters: _Optional[_Mapping[str, int]] = ..., models: _Optional[_Iterable[_Union[ModelState, _Mapping]]] = ..., time_quality: _Optional[_Union[_sensor_pb2.TimeQuality, str]] = ..., upload: _Optional[_Union[UploadState, _Mapping]] = ..., boot_id: _Optional[bytes] = ..., boot_count: _Optional[int] = ..., since_boot_us: _Optional[int] = ...) -> None: ...

@@ -25,19 +25,19 @@ _sym_db = _symbol_database.Default()
 from shoal.v1 import tensor_pb2 as shoal_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15shoal/v1/sensor.proto\x12\x08shoal.v1\x1a\x15shoal/v1/tensor.proto\"\x19\n\x07Scalars\x12\x0e\n\x06values\x18\x01 \x03(\x02\"0\n\x0c\x45ncodedImage\x12\x12\n\nmedia_type\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x8c\x02\n\nSensorData\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x0c\x12\x0b\n\x03seq\x18\x03 \x01(\x04\x12\x16\n\x0e\x63\x61ptured_at_us\x18\x04 \x01(\x03\x12+\n\x0ctime_quality\x18\x05 \x01(\x0e\x32\x15.shoal.v1.TimeQuality\x12$\n\x07scalars\x18\x06 \x01(\x0b\x32\x11.shoal.v1.ScalarsH\x00\x12\"\n\x06tensor\x18\x07 \x01(\x0b\x32\x10.shoal.v1.TensorH\x00\x12\'\n\x05image\x18\x08 \x01(\x0b\x32\x16.shoal.v1.EncodedImageH\x00\x12\x11\n\treference\x18\t \x01(\tB\x07\n\x05value*^\n\x0bTimeQuality\x12\x1c\n\x18TIME_QUALITY_UNSPECIFIED\x10\x00\x12\x17\n\x13TIME_QUALITY_SYNCED\x10\x01\x12\x18\n\x14TIME_QUALITY_SUSPECT\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15shoal/v1/sensor.proto\x12\x08shoal.v1\x1a\x15shoal/v1/tensor.proto\"\x19\n\x07Scalars\x12\x0e\n\x06values\x18\x01 \x03(\x02\"0\n\x0c\x45ncodedImage\x12\x12\n\nmedia_type\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\xb4\x02\n\nSensorData\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x0c\x12\x0b\n\x03seq\x18\x03 \x01(\x04\x12\x16\n\x0e\x63\x61ptured_at_us\x18\x04 \x01(\x03\x12+\n\x0ctime_quality\x18\x05 \x01(\x0e\x32\x15.shoal.v1.TimeQuality\x12$\n\x07scalars\x18\x06 \x01(\x0b\x32\x11.shoal.v1.ScalarsH\x00\x12\"\n\x06tensor\x18\x07 \x01(\x0b\x32\x10.shoal.v1.TensorH\x00\x12\'\n\x05image\x18\x08 \x01(\x0b\x32\x16.shoal.v1.EncodedImageH\x00\x12\x11\n\treference\x18\t \x01(\t\x12\x0f\n\x07\x62oot_id\x18\n \x01(\x0c\x12\x15\n\rsince_boot_us\x18\x0b \x01(\x04\x42\x07\n\x05value*y\n\x0bTimeQuality\x12\x1c\n\x18TIME_QUALITY_UNSPECIFIED\x10\x00\x12\x17\n\x13TIME_QUALITY_SYNCED\x10\x01\x12\x18\n\x14TIME_QUALITY_SUSPECT\x10\x02\x12\x19\n\x15TIME_QUALITY_UNSYNCED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shoal.v1.sensor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TIMEQUALITY']._serialized_start=406
-  _globals['_TIMEQUALITY']._serialized_end=500
+  _globals['_TIMEQUALITY']._serialized_start=446
+  _globals['_TIMEQUALITY']._serialized_end=567
   _globals['_SCALARS']._serialized_start=58
   _globals['_SCALARS']._serialized_end=83
   _globals['_ENCODEDIMAGE']._serialized_start=85
   _globals['_ENCODEDIMAGE']._serialized_end=133
   _globals['_SENSORDATA']._serialized_start=136
-  _globals['_SENSORDATA']._serialized_end=404
+  _globals['_SENSORDATA']._serialized_end=444
 # @@protoc_insertion_point(module_scope)

@@ -13,9 +13,11 @@ class TimeQuality(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TIME_QUALITY_UNSPECIFIED: _ClassVar[TimeQuality]
     TIME_QUALITY_SYNCED: _ClassVar[TimeQuality]
     TIME_QUALITY_SUSPECT: _ClassVar[TimeQuality]
+    TIME_QUALITY_UNSYNCED: _ClassVar[TimeQuality]
 TIME_QUALITY_UNSPECIFIED: TimeQuality
 TIME_QUALITY_SYNCED: TimeQuality
 TIME_QUALITY_SUSPECT: TimeQuality
+TIME_QUALITY_UNSYNCED: TimeQuality
 
 class Scalars(_message.Message):
     __slots__ = ("values",)
@@ -32,7 +34,7 @@ class EncodedImage(_message.Message):
     def __init__(self, media_type: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class SensorData(_message.Message):
-    __slots__ = ("device", "epoch", "seq", "captured_at_us", "time_quality", "scalars", "tensor", "image", "reference")
+    __slots__ = ("device", "epoch", "seq", "captured_at_us", "time_quality", "scalars", "tensor", "image", "reference", "boot_id", "since_boot_us")
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQ_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +44,8 @@ class SensorData(_message.Message):
     TENSOR_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_FIELD_NUMBER: _ClassVar[int]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    SINCE_BOOT_US_FIELD_NUMBER: _ClassVar[int]
     device: str
     epoch: bytes
     seq: int
@@ -51,4 +55,6 @@ class SensorData(_message.Message):
     tensor: _tensor_pb2.Tensor
     image: EncodedImage
     reference: str
-    def __init__(self, device: _Optional[str] = ..., epoch: _Optional[bytes] = ..., seq: _Optional[int] = ..., captured_at_us: _Optional[int] = ..., time_quality: _Optional[_Union[TimeQuality, str]] = ..., scalars: _Optional[_Union[Scalars, _Mapping]] = ..., tensor: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., image: _Optional[_Union[EncodedImage, _Mapping]] = ..., reference: _Optional[str] = ...) -> None: ...
+    boot_id: bytes
+    since_boot_us: int
+    def __init__(self, device: _Optional[str] = ..., epoch: _Optional[bytes] = ..., seq: _Optional[int] = ..., captured_at_us: _Optional[int] = ..., time_quality: _Optional[_Union[TimeQuality, str]] = ..., scalars: _Optional[_Union[Scalars, _Mapping]] = ..., tensor: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., image: _Optional[_Union[EncodedImage, _Mapping]] = ..., reference: _Optional[str] = ..., boot_id: _Optional[bytes] = ..., since_boot_us: _Optional[int] = ...) -> None: ...
