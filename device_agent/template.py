@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from device_agent.agent import AgentSettings
+from device_agent.change import DeadBandSettings
 from device_agent.sources.settings import SOURCES
 from shoal.config import BrokerSettings
 
@@ -24,15 +25,19 @@ MEANINGS: Mapping[str, str] = MappingProxyType(
         "data_dir": "outbox, models and trust; must survive a restart",
         "trusted_root": "what signed metadata is verified against, from `shoal cloud init` or `shoal keys init`",
         "runtime": 'which interpreter runs models: "litert", "tflite", or "auto" for the one that is installed',
-        "change_threshold": 'a reading whose values all stay this near the last change is "unchanged": no model call',
-        "change_adapt": "share by which that baseline follows unchanged readings; 0 keeps it",
-        "audit_share": "share of all readings that is asked at random, so that recall stays measurable",
-        "max_share": "share of readings that may be asked for their score; the threshold rises to keep it",
+        "max_share": "share of readings that may be asked; the threshold rises to keep it",
+        "audit_share": "part of it, asked at random, so that recall stays measurable",
         "max_per_minute": "questions a minute, whatever their reason",
+        "max_per_day": "and a day; no such cap by default",
+        "max_bytes_per_minute": "bytes of questions a minute; no such cap by default",
+        "max_bytes_per_day": "and a day; no such cap by default",
+        "score_threshold": "in place of the release's; 0 leaves the choice to the budget",
         "answer_within_ms": "how long an application waits for the gateway, 0: no hurry; the reading stays owed anyhow",
         "retry_after_s": "a question without a reply is asked again after this",
         "outbox_items": "how many readings may be owed; `shoal device outbox size` computes it",
         "outbox_bytes": "and how many bytes of them",
+        "outbox_hold_s": "above 0 it spares the flash: questions wait so long in memory for their answer",
+        "outbox_hold_items": "at most so many of them",
         "state_interval_s": "how often the device reports itself, at least",
         "probation_s": "how long a new model is watched at least; at most it is ten times as long",
     }
@@ -43,6 +48,12 @@ BROKER_MEANINGS: Mapping[str, str] = MappingProxyType(
         "tls_ca": "the authority that signed the broker's certificate; for mqtts the system's by default",
         "tls_cert": "the device's own certificate, where the broker asks for one",
         "tls_key": "and its key",
+    }
+)
+CHANGE_MEANINGS: Mapping[str, str] = MappingProxyType(
+    {
+        "threshold": "a reading whose values all stay this near the last change is unchanged: no model call",
+        "adapt": "share by which that baseline follows unchanged readings; 0 keeps it",
     }
 )
 SOURCE_MEANINGS: Mapping[str, Mapping[str, str]] = MappingProxyType(
@@ -94,13 +105,17 @@ _EXAMPLES: Mapping[str, object] = MappingProxyType(
         "host.values": ["temperature_celsius", "load_1m"],
         "images.path": "/var/spool/camera",
         "mqtt.topics": ["zigbee2mqtt/kitchen"],
+        "max_per_day": 5000,
+        "max_bytes_per_minute": 20_000,
+        "max_bytes_per_day": 1_000_000,
+        "score_threshold": 0.0,
         "size": [96, 96],
         "tls_ca": "/etc/shoal/ca.pem",
         "tls_cert": "/etc/shoal/device.pem",
         "tls_key": "/etc/shoal/device.key",
     }
 )
-_TABLES = ("broker", "source")
+_TABLES = ("broker", "change", "source")
 
 
 def render(chosen: Mapping[str, str], broker: str, source: str) -> str:
@@ -108,6 +123,8 @@ def render(chosen: Mapping[str, str], broker: str, source: str) -> str:
     lines = ["# The agent of a Shoal device: `shoal device check` says what is wrong with it.", ""]
     lines += _entries(AgentSettings, MEANINGS, dict(chosen))
     lines += ["[broker]", *_entries(BrokerSettings, BROKER_MEANINGS, {"url": broker})]
+    lines += ["# Other kinds of change detector: docs/devices.md", "[change]", 'kind = "dead_band"']
+    lines += _entries(DeadBandSettings, CHANGE_MEANINGS, {})
     lines += ["[source]", f"kind = {_toml(source)}", *_entries(SOURCES[source], SOURCE_MEANINGS[source], {}, source)]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -9,9 +9,9 @@ import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
-from importlib.util import find_spec
 
 import pytest
 from paho.mqtt.client import Client
@@ -528,10 +528,9 @@ def test_change_that_cannot_be_is_refused_by_name(config, table, named):
         load_config(config(change=table), AgentSettings)
 
 
-def test_every_setting_is_documented():
-    """Pins the page: the agent's keys, and each kind of change with its own."""
+def test_every_kind_of_change_is_documented():
+    """Pins the page: each kind with its own keys. The agent's keys are pinned with the file that has them all."""
     page = (Path(__file__).parents[2] / "docs" / "devices.md").read_text()
-    assert [name for name in AgentSettings.__struct_fields__ if name not in page] == []
     table = page.partition("## What has not changed")[2].partition("\n## ")[0]
     for kind in get_args(ChangeSettings):
         row = table.partition(f"| `{kind.__struct_config__.tag}` |")[2].partition("\n")[0]

@@ -51,7 +51,10 @@ def reporter_of(wire, seed=1, **options):
 def test_state_bears_what_the_report_says(wire):
     """Counters, models, the doubt in the clock, and who it is."""
     report = Report(
-        Counter(answered=3), [ModelState(model="digits", release=7)], TIME_QUALITY_SUSPECT, BootTime(b"b" * 16, 3, 70)
+        Counter(answered=3),
+        [ModelState(model="digits", release=7)],
+        TIME_QUALITY_SUSPECT,
+        boot=BootTime(b"b" * 16, 3, 70),
     )
     StateReporter(wire, lambda: report, rng=random.Random(1)).tick(0.0)
     route, segments, state = wire.published[0]
