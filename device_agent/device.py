@@ -29,7 +29,7 @@ from shoal.errors import ModelError
 from shoal.link import Link
 from shoal.release.probation import Watch, parse_baseline
 from shoal.release.selftest import Runtime
-from shoal.scoring import Scaler, score_rows
+from shoal.scoring import Scaler, all_finite, score_rows
 from shoal.state import Report, StateReporter, quality_of
 from shoal.v1 import inference_pb2 as pb
 from shoal.v1.node_pb2 import ModelState, UploadState
@@ -52,6 +52,7 @@ class _ActiveModel:
     artefact: Artefact
     runtime: Runtime
     inputs: InputMaker
+    shape: tuple[int, ...]
     scaler: Scaler
     watch: Watch
 
@@ -109,7 +110,8 @@ class Device:
             raise ModelError(f"release {spec.release} of {model} has nothing for devices")
         watch = Watch(parse_baseline(artefact.baseline))
         runtime = load(path, self.config.runtime)
-        self._active = _ActiveModel(spec, artefact, runtime, InputMaker(spec.input), Scaler(spec.input), watch)
+        inputs, shape = InputMaker(spec.input), (1, *spec.input.shape)
+        self._active = _ActiveModel(spec, artefact, runtime, inputs, shape, Scaler(spec.input), watch)
         self._policy.forget_scores()
         self._reporter.soon()
 
@@ -170,11 +172,10 @@ class Device:
             return None
         spec, watch = self._active.spec, self._active.watch
         try:
-            with np.errstate(over="ignore"):  # infinite is refused here, and as a score means "ask"
-                scaled = self._active.scaler(values.reshape((1, *spec.input.shape)))
-                if not np.isfinite(scaled).all():
-                    raise ModelError("a value is not finite")  # noqa: TRY301  an int8 model would answer it all the same
-                scores = score_rows(spec.score, scaled, self._active.runtime.run(scaled))
+            scaled = self._active.scaler(values.reshape(self._active.shape))
+            if not all_finite(scaled):
+                raise ModelError("a value is not finite")  # noqa: TRY301  an int8 model would answer it all the same
+            scores = score_rows(spec.score, scaled, self._active.runtime.run(scaled))
         except (ModelError, ValueError) as exc:
             # A reading that the model cannot take is the gateway's to judge; it answers with the field at fault.
             self._count("model_errors")

@@ -125,16 +125,21 @@ class _TensorKind:
         self._is_float = self._dtype.kind == "f"
         if not self._is_float:
             limits = np.iinfo(self._dtype)
-            self._lowest, self._highest = np.float32(limits.min), np.float32(limits.max)
             scale, zero = details["quantization"]
             self._scale, self._zero = np.float32(scale), np.float32(zero)
+            # In the tensor's own units: cut off before they are divided, no value is too large for the division.
+            self._lowest = (np.float32(limits.min) - self._zero) * self._scale
+            self._highest = (np.float32(limits.max) - self._zero) * self._scale
 
     def quantized(self, values: NDArray[np.float32]) -> NDArray[Any]:
+        if self._dtype == np.float32:
+            return values
         if self._is_float:
-            return values.astype(self._dtype, copy=False)
-        steps = np.rint(values / self._scale) + self._zero
-        clipped: NDArray[np.float32] = np.minimum(np.maximum(steps, self._lowest), self._highest)
-        return clipped.astype(self._dtype)
+            with np.errstate(over="ignore"):  # too large for half a float is infinite there
+                return values.astype(self._dtype)
+        clipped: NDArray[np.float32] = np.minimum(np.maximum(values, self._lowest), self._highest)
+        steps: NDArray[np.float32] = np.rint(clipped / self._scale) + self._zero
+        return steps.astype(self._dtype)
 
     def dequantized(self, values: NDArray[Any]) -> NDArray[np.float32]:
         if self._is_float:

@@ -1,5 +1,6 @@
 """How a model's output becomes a score and a label; device and gateway must agree on it."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,11 @@ class Scores:
 
     scores: NDArray[np.float32]
     labels: NDArray[np.int64] | None
+
+
+def all_finite(values: NDArray[np.float32]) -> bool:
+    """Whether no value is infinite or not a number: by the sum of squares in half the time, but for huge values."""
+    return math.isfinite(np.vdot(values, values)) or bool(np.isfinite(values).all())
 
 
 class Scaler:
@@ -67,7 +73,7 @@ def score_rows(kind: pb.ScoreKind, scaled: NDArray[np.float32], outputs: NDArray
         ModelError: the release asks for a score that this version does not know, or an output is not finite or
             of another size than its score needs.
     """
-    if not np.isfinite(outputs).all():
+    if not all_finite(outputs):
         raise ModelError("the model answered with a value that is not finite")
     if kind == pb.SCORE_KIND_RECONSTRUCTION:
         if outputs.size != scaled.size:
