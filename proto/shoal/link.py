@@ -214,7 +214,7 @@ class Link:
             self._client.send_packets(packets)
 
     def close(self) -> None:
-        """Say goodbye: an offline presence, then DISCONNECT. Blocks for at most a second to flush."""
+        """Say goodbye: an offline presence, then DISCONNECT. Blocks until the broker has read it, at most a second."""
         self._retry_at = None
         self._closing = True
         client = self._client
@@ -223,11 +223,7 @@ class Link:
         if self.connected:
             self._publish_presence(online=False)
             self.flush()
-            client.disconnect()
-            deadline = time.monotonic() + _GOODBYE_S
-            # A line that is gone takes nothing more, and its last packets stay wanted for ever.
-            while client.socket() is not None and client.want_write() and time.monotonic() < deadline:
-                client.loop_write()
+            client.say_goodbye(_GOODBYE_S)
         client.on_disconnect = None
         client._sock_close()  # noqa: SLF001  paho has no public way to close without a DISCONNECT
         self._forget()

@@ -6,13 +6,17 @@ whatever a round of the loop produced, one system call each. It leans on private
 constraints pin; tests/shoal/test_mqtt_client.py fails when they change.
 """
 
+import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from typing import cast
 
 from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 
 from shoal.wire import (
+    DISCONNECT,
     PUBACK,
     PUBLISH,
     MalformedPacketError,
@@ -81,6 +85,25 @@ class WireClient(Client):
             }
         )
         self.loop_write()
+
+    def say_goodbye(self, patience_s: float) -> None:
+        """Send DISCONNECT and wait until the broker has closed the connection.
+
+        Closed from here with anything unread in it, the line is reset, and a broker that has not read the DISCONNECT
+        by then publishes the will.
+        """
+        deadline = time.monotonic() + patience_s
+        self.send_packets(DISCONNECT)
+        while self._sock is not None and self.want_write() and time.monotonic() < deadline:
+            self.loop_write()
+        if self._sock is None or self.want_write():
+            return
+        sock = cast("socket.socket", self._sock)
+        with suppress(OSError):  # a timeout is one too
+            while (left_s := deadline - time.monotonic()) > 0:
+                sock.settimeout(left_s)
+                if not sock.recv(_READ_BYTES):
+                    return
 
     def is_stuck(self, backlog_bytes: int) -> bool:
         """The socket has left more than this untaken."""

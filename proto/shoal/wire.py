@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 PUBLISH = 0x30
 PUBACK = 0x40
+# The whole packet: normal disconnection, section 3.14; the will is not published.
+DISCONNECT = b"\xe0\x00"
 
 _RETAIN = 0x01
 _QOS_SHIFT = 1

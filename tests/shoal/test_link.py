@@ -96,6 +96,31 @@ def test_birth_and_goodbye_bear_the_same_session(net):
     assert heard[0].message.session == heard[1].message.session
 
 
+def test_goodbye_with_a_full_mailbox_is_still_a_goodbye(net):
+    """What the broker has just sent lies unread: closing on it must not reset the line and so set off the will."""
+    heard = []
+    watcher = net.link("watcher")
+    watcher.subscribe(Route.PRESENCE, lambda delivery: heard.append(delivery.message.online), site=net.site, node="cam")
+    watcher.attach(net.loop)
+    net.until(lambda: watcher.is_subscribed)
+    for number in range(10):
+        device = net.link("cam")
+        device.subscribe(Route.REPLY, lambda _: None, site=net.site, node="cam")
+        device.attach(net.loop)
+        net.until(lambda device=device: device.is_subscribed and device.is_idle)
+        net.until(lambda number=number: len(heard) == 2 * number + 1)
+        net.loop.unwatch(device._client.socket())
+        device._loop = None  # nothing is registered, and nothing must be any more
+        for _ in range(20):
+            assert watcher.publish(Route.REPLY, InferenceReply(), site=net.site, node="cam")
+        net.until(lambda: watcher.is_idle)
+        device.close()
+        net.until(lambda number=number: len(heard) >= 2 * number + 2)
+    assert watcher.publish(Route.STATE, NodeState(), site=net.site, node="watcher")
+    net.until(lambda: watcher.is_idle)  # what the broker had to say before is here too
+    assert heard == [True, False] * 10
+
+
 def test_will_says_that_a_node_is_gone_without_goodbye(net):
     """And bears the session that it belongs to, not the next one's."""
     heard = []
