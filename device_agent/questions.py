@@ -4,6 +4,7 @@ Invariants:
 - a question leaves the outbox only when the gateway's reply settles it, when a refusal that would be repeated moves it
   to the quarantine, or when an alarm needs its place;
 - what the link does not take, and what the gateway cannot do now, is due again;
+- of what was asked within the retry interval, no more than the gateway takes of one device is without its reply;
 - a reply that names no rows refuses the message that bore its correlation data, and no other.
 """
 
@@ -28,8 +29,9 @@ _PATIENCE = 0.2
 # What a message holds for each row besides the row's own bytes.
 _ROW_HEAD_BYTES = 8
 _CORRELATION_BYTES = 8
-# Messages whose rows are remembered until their reply; a full outbox of the default size, asked at once.
-_MAX_OPEN = 1024
+# Rows asked and not yet replied to. A gateway takes so many of one device and has the others sent again: a backlog sent
+# at once would travel many times.
+_MAX_OPEN_ROWS = 64
 
 # A reply's row, and the seconds since its question was asked.
 OnAnswer = Callable[[pb.RowReply, float], None]
@@ -61,8 +63,10 @@ class Questions:
         self._on_answer = on_answer
         self._epoch = outbox.epoch(config.node)
         self._send_at: float | None = 0.0
-        # By correlation data, oldest first. Its start is random: a reply to a process before this one finds nothing.
-        self._open: OrderedDict[bytes, list[Key]] = OrderedDict()
+        # Until when, and for whom, by correlation data, oldest first. Its start is random: a reply to a process before
+        # this one finds nothing.
+        self._open: OrderedDict[bytes, tuple[float, list[Key]]] = OrderedDict()
+        self._open_rows = 0
         self._next_correlation = secrets.randbits(8 * _CORRELATION_BYTES)
         link.subscribe(Route.REPLY, self._on_reply, site=config.site, node=config.node)
         link.on_connect(self._send_at_once)
@@ -92,9 +96,11 @@ class Questions:
             return
         self._send_at = None
         config = self._config
-        while self._link.room() > 0:
-            taken = self._outbox.take(now, config.max_rows, config.retry_after_s, self._lane)
-            if not self._send_all(taken, now) or len(taken) < config.max_rows:
+        self._forget(now)
+        while self._link.room() > 0 and self._open_rows < _MAX_OPEN_ROWS:
+            limit = min(config.max_rows, _MAX_OPEN_ROWS - self._open_rows)
+            taken = self._outbox.take(now, limit, config.retry_after_s, self._lane)
+            if not self._send_all(taken, now) or len(taken) < limit:
                 return
 
     def _send_all(self, taken: Sequence[tuple[Item, int]], now: float) -> bool:
@@ -120,14 +126,14 @@ class Questions:
         def done(error: LinkError | None) -> None:
             if error is None:
                 return
-            self._open.pop(correlation, None)
+            self._close(correlation)
             if error.permanent:
                 log.error("question refused for ever node=%s rows=%d error=%s", self._config.node, len(keys), error)
                 self._quarantine(keys, Refusal("REFUSED_BY_BROKER", "", str(error)))
             else:
                 self._outbox.make_due(keys, now)
 
-        correlation = self._remember(keys)
+        correlation = self._remember(keys, now)
         sent = self._link.publish(
             Route.INFER,
             request,
@@ -139,7 +145,7 @@ class Questions:
             node=self._config.node,
         )
         if not sent:
-            self._open.pop(correlation, None)
+            self._close(correlation)
             self._outbox.make_due(keys, now)
         return sent
 
@@ -147,7 +153,8 @@ class Questions:
         reply = delivery.message
         if not isinstance(reply, pb.InferenceReply):
             return
-        asked = self._open.pop(delivery.correlation, [])
+        self._forget(self._clock())
+        asked = self._close(delivery.correlation)
         if len(reply.epoch) != EPOCH_BYTES:
             if not reply.epoch and len(reply.rows) == 1:
                 self._refused(asked, reply.rows[0])
@@ -177,14 +184,26 @@ class Questions:
     def _quarantine(self, keys: Iterable[Key], refusal: Refusal) -> int:
         return sum(self._outbox.quarantine(key, refusal) for key in keys)
 
-    def _remember(self, keys: list[Key]) -> bytes:
+    def _remember(self, keys: list[Key], now: float) -> bytes:
         """Make a message's correlation data."""
         self._next_correlation = (self._next_correlation + 1) % (1 << 8 * _CORRELATION_BYTES)
         correlation = self._next_correlation.to_bytes(_CORRELATION_BYTES, "big")
-        self._open[correlation] = keys
-        if len(self._open) > _MAX_OPEN:
-            self._open.popitem(last=False)
+        self._open[correlation] = (now + self._config.retry_after_s, keys)
+        self._open_rows += len(keys)
         return correlation
+
+    def _close(self, correlation: bytes) -> list[Key]:
+        _, keys = self._open.pop(correlation, (0.0, []))
+        self._open_rows -= len(keys)
+        return keys
+
+    def _forget(self, now: float) -> None:
+        """What is due again is asked under other correlation data."""
+        while self._open:
+            correlation, (until, _) = next(iter(self._open.items()))
+            if until > now:
+                return
+            self._close(correlation)
 
     def _count(self, name: str) -> None:
         self._outbox.count(self._config.node, name)

@@ -7,8 +7,8 @@ the wire tells which line became which of the device's numbers. An agent is kill
 upon an answer, before it can have written that down. The last one is left in peace until it owes nothing. Needs Mosquitto.
 
 The last line is JSON. `holes` and `counted_twice` must be 0. `lost_before_accept` is what kills took before a commit:
-with `--hold-s` it includes what was asked already. `answered_twice` are rows that the gateway answered again, because a kill had
-taken the first answer.
+with `--hold-s` it includes what was asked already. `sent_again` counts rows each time that they were asked again, `answered_twice`
+those that the gateway answered again, because a kill had taken the first answer.
 """
 
 import argparse
@@ -234,6 +234,7 @@ class Campaign:
             "readings": account.produced,
             "accepted": account.accepted,
             "answered": account.answered,
+            "sent_again": witness.asked_rows - len(witness.lines),
             "answered_twice": sum(times > 1 for times in witness.answers.values()),
             "counted_twice": max(0, account.answered - len(answered)),
             "lost_before_accept": account.lost_before_accept,

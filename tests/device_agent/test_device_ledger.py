@@ -30,6 +30,7 @@ VALUES = st.sampled_from([0.0, 0.1, 0.7, 5.0, 8.0, float("nan")])
 # Of values in a reading: it needs more pages than a full disk has, and it fits no message.
 LARGE, TOO_LARGE = 3000, 6000
 MAX_ROW_BYTES = 20_000
+OPEN_ROWS, RETRY_S = 6, 5.0
 
 
 class Model:
@@ -132,7 +133,7 @@ class Books(RuleBasedStateMachine):
             window=3,
             policy=PolicyConfig(audit_share=0.1, max_share=0.8, max_per_minute=60),
             change=DeadBandSettings(threshold=0.2),
-            retry_after_s=5.0,
+            retry_after_s=RETRY_S,
             max_rows=4,
         )
         self.model = Model(holds=holds)
@@ -172,7 +173,8 @@ class Books(RuleBasedStateMachine):
             assert not settled.intersection(numbers)
             assert question.replay or not self.asked.intersection(numbers)
             self.asked.update(numbers)
-            self.model.open[self.rig.correlation(question)] = numbers
+            self.model.open[self.rig.correlation(question)] = (self.rig.now + RETRY_S, numbers)
+            assert sum(len(numbers) for until, numbers in self.model.open.values() if until > self.rig.now) <= OPEN_ROWS
         for _, message, correlation, _ in self.rig.link.sent[before:]:
             if isinstance(message, pb.InferenceRequest):
                 self.model.unacknowledged.append(correlation)
@@ -225,7 +227,7 @@ class Books(RuleBasedStateMachine):
 
     def fail_messages(self, error=None):
         for correlation in self.model.unacknowledged:
-            numbers = self.model.open.pop(correlation, [])
+            _, numbers = self.model.open.pop(correlation, (0.0, []))
             if error is REFUSED:
                 for seq in numbers:
                     self.model.refuse(seq, "REFUSED_BY_BROKER")
@@ -257,8 +259,10 @@ class Books(RuleBasedStateMachine):
         """By the data of any message ever sent, of this process or of one before it."""
         correlation = data.draw(st.sampled_from(self.refusable))
         self.rig.refuse_whole(correlation)
-        for seq in self.model.open.pop(correlation, []):
-            self.model.refuse(seq, "INVALID_ARGUMENT")
+        until, numbers = self.model.open.pop(correlation, (0.0, []))
+        if self.rig.now < until:
+            for seq in numbers:
+                self.model.refuse(seq, "INVALID_ARGUMENT")
 
     @rule()
     def settle_all(self):
@@ -298,6 +302,7 @@ class Books(RuleBasedStateMachine):
 def test_books_add_up_under_any_interleaving(make_rig, monkeypatch, holds):
     """Pins the ledger on disk in both modes, numbers used once, replays marked and nothing owed for ever."""
     monkeypatch.setattr("device_agent.questions.MAX_ROW_BYTES", MAX_ROW_BYTES)
+    monkeypatch.setattr("device_agent.questions._MAX_OPEN_ROWS", OPEN_ROWS)
     run_state_machine_as_test(
         partial(Books, make_rig, holds=holds), settings=settings(max_examples=60, stateful_step_count=40, deadline=None)
     )

@@ -5,6 +5,7 @@ import pytest
 from device_agent.policy import PolicyConfig
 from shoal.delivery.outbox import Limits
 from shoal.errors import LinkError
+from shoal.routes import Route
 from shoal.v1 import inference_pb2 as pb
 
 pytestmark = pytest.mark.device
@@ -86,19 +87,35 @@ def test_whole_refusal_of_a_process_before_this_one_is_not_understood(rig):
     assert rig.committed()["quarantined"] == 1
 
 
-def test_open_questions_are_remembered_within_bounds(make_rig, tmp_path, monkeypatch):
-    """Pins that a gateway which never answers costs no memory: the oldest message is forgotten, and asked again."""
-    monkeypatch.setattr("device_agent.questions._MAX_OPEN", 2)
-    rig = make_rig(tmp_path, max_rows=1)
+def test_no_more_is_asked_at_once_than_a_gateway_takes(make_rig, tmp_path):
+    """Pins that a backlog goes out as it is answered, instead of all of it again and again."""
+    rig = make_rig(tmp_path, retry_after_s=10.0)
+    backlog = [rig.read(float(value)).seq for value in range(150)]
     rig.link.connect()
-    for value in range(3):
-        rig.read(float(value))
     questions = rig.step()
+    assert numbers(questions) == backlog[:64]
+    assert rig.step(1.0) == []
+    first, second = questions
+    for question in (first, second, first):
+        rows = [pb.RowReply(seq=row.reading.seq, status=pb.STATUS_OK) for row in question.rows]
+        reply = pb.InferenceReply(epoch=question.epoch, rows=rows)
+        rig.link.deliver(Route.REPLY, reply, rig.correlation(question))
+    assert numbers(rig.step()) == backlog[64:128]
+
+
+def test_gateway_that_never_answers_is_asked_again_with_what_is_due(make_rig, tmp_path):
+    """Pins that lost replies take no place for longer than their questions wait, and cost no memory."""
+    rig = make_rig(tmp_path, retry_after_s=10.0)
+    backlog = [rig.read(float(value)).seq for value in range(150)]
+    rig.link.connect()
+    old = rig.step()
+    assert numbers(rig.step(9.9)) == []
+    asked = numbers(rig.step(0.1))
+    assert asked == backlog[64:128]
+    rig.refuse_whole(rig.correlation(old[0]))
     assert len(rig.device._questions._open) == 2
-    for question in questions:
-        rig.refuse_whole(rig.correlation(question))
-    assert rig.committed()["quarantined"] == 2
-    assert numbers(rig.step(10.0)) == [0]
+    assert rig.committed()["in_flight"] == 150
+    assert set(numbers(rig.step(10.0)) + numbers(rig.step(10.0))) >= set(backlog[128:])
 
 
 def test_answered_questions_are_forgotten(rig):
@@ -107,7 +124,7 @@ def test_answered_questions_are_forgotten(rig):
         asked = rig.ask().seq
         question = rig.questions[-1]
         reply = pb.InferenceReply(epoch=question.epoch, rows=[pb.RowReply(seq=asked, status=pb.STATUS_OK)])
-        rig.link.deliver(rig.link.sent[-1][0].REPLY, reply, rig.correlation(question))
+        rig.link.deliver(Route.REPLY, reply, rig.correlation(question))
     assert not rig.device._questions._open
 
 
