@@ -20,6 +20,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from device_agent.agent import Agent, AgentSettings
 from device_agent.agent import run as run_agent
 from device_agent.change import ChangeSettings, DeadBandSettings, EwmaSettings, RateSettings
+from device_agent.outbox_report import read_outbox
 from device_agent.readings import AnsweredBy
 from shoal.config import load_config
 from shoal.delivery.outbox import Outbox
@@ -186,6 +187,18 @@ def test_killed_agent_replays_what_it_owes(config, gateway):
         agent.communicate(timeout=PATIENCE_S)
     assert agent.returncode == 0
     assert len({row.reading.seq for row in peer.rows}) == 2 * ROWS
+
+
+def test_agent_that_spares_the_flash_writes_what_it_owes_when_it_ends(config, gateway, tmp_path):
+    """Pins `outbox_hold_s` in the agent: what was asked while it was held is on disk after SIGTERM."""
+    peer = gateway(deaf_first=True)
+    file = tmp_path / "data" / "outbox.sqlite"
+    with running(config(outbox_hold_s=600.0, retry_after_s=600.0)) as agent:
+        peer.until(lambda: len(peer.rows) == ROWS)
+        agent.send_signal(signal.SIGTERM)
+        agent.communicate(timeout=PATIENCE_S)
+    assert (agent.returncode, read_outbox(file).waiting) == (0, ROWS)
+    assert read_outbox(file).counters == {"produced": ROWS, "asked.no_model": ROWS, "accepted": ROWS}
 
 
 def test_agent_that_runs_until_dry_ends_when_all_is_answered(config, gateway, tmp_path):
