@@ -36,7 +36,7 @@ from shoal.routes import Route
 from shoal.v1 import inference_pb2 as pb
 
 SITE, NODE, MODEL = "plant", "dev-1", "m"
-PATIENCE_S = 120.0
+PATIENCE_S = 60.0
 FEED_S = 0.01
 # How long an agent takes to start, more or less: kills of this kind come within it.
 START_S = 1.5
@@ -149,12 +149,16 @@ class Campaign:
     def agent(self):
         return self.spawn(["device_agent", "run", "--config", str(self.config)], "agent.log", self.pipe.source)
 
-    def until(self, is_so, what, child=None):
-        late = self.loop.call_at(self.loop.clock() + PATIENCE_S, lambda _: None)
+    def wait(self, is_so, child=None):
+        """Serve until it is so, or the child has ended, or patience has."""
         deadline = self.loop.clock() + PATIENCE_S
+        late = self.loop.call_at(deadline, lambda _: None)  # the loop looks again by then
         self.loop.run(until=lambda: is_so() or self.loop.clock() >= deadline or (child and child.poll() is not None))
         late.cancel()
-        if not is_so():
+        return is_so()
+
+    def until(self, is_so, what, child=None):
+        if not self.wait(is_so, child):
             raise SystemExit(f"{what}: not so\n{(self.folder / 'agent.log').read_text()[-2000:]}")
 
     def run(self, kills):
@@ -166,7 +170,8 @@ class Campaign:
         feeding.cancel()
         last = self.agent()
         self.pipe.feed()
-        self.until(self.is_settled, "all is answered", last)
+        # Where it never is, the books say what is missing.
+        self.wait(self.is_settled, last)
         last.send_signal(signal.SIGTERM)
         if last.wait(PATIENCE_S) != 0:
             raise SystemExit(f"the last agent ended with {last.returncode}")
