@@ -12,6 +12,9 @@ import logging
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+
+from google.protobuf.message import DecodeError
 
 from device_agent.config import DeviceConfig
 from shoal.codec import EPOCH_BYTES, MAX_ROW_BYTES
@@ -113,12 +116,15 @@ class Questions:
         return all(sent)
 
     def _send(self, model: str, items: list[Item], *, replay: bool, now: float) -> bool:
-        keys = [item.key for item in items]
+        rows = self._rows(items)
+        if not rows:
+            return True
+        keys = list(rows)
         request = pb.InferenceRequest(
             device=self._config.node,
             epoch=keys[0].epoch,
             model=model,
-            rows=[pb.InferenceRow.FromString(item.payload) for item in items],
+            rows=rows.values(),
             answer_within_ms=0 if replay else self._config.answer_within_ms,
             replay=replay,
         )
@@ -148,6 +154,20 @@ class Questions:
             self._close(correlation)
             self._outbox.make_due(keys, now)
         return sent
+
+    def _rows(self, items: Sequence[Item]) -> dict[Key, pb.InferenceRow]:
+        """Parse what the disk kept. What it spoiled would end every agent that asks about it."""
+        rows: dict[Key, pb.InferenceRow] = {}
+        for item in items:
+            with suppress(DecodeError):
+                row = pb.InferenceRow.FromString(item.payload)
+                if row.reading.seq == item.key.seq:
+                    rows[item.key] = row
+            if item.key not in rows and self._outbox.quarantine(
+                item.key, Refusal("SPOILED", "", "not what was stored")
+            ):
+                log.error("reading spoiled on disk node=%s seq=%d", item.key.device, item.key.seq)
+        return rows
 
     def _on_reply(self, delivery: Delivery) -> None:
         reply = delivery.message

@@ -128,6 +128,19 @@ def test_answered_questions_are_forgotten(rig):
     assert not rig.device._questions._open
 
 
+@pytest.mark.parametrize("spoiled", [b"\xff\xff\xff", pb.InferenceRow().SerializeToString()])
+def test_reading_that_the_disk_spoiled_holds_up_nobody(rig, spoiled):
+    """Pins that flash which rots costs the reading it held, told and counted, and not the agent."""
+    for value in range(1, 4):
+        rig.read(float(value))
+    rig.outbox.commit()
+    rig.outbox._store.db.execute("UPDATE items SET payload = ? WHERE seq = 1", (spoiled,))
+    assert numbers(rig.step()) == [0, 2]
+    assert rig.committed()["quarantined"] == 1
+    assert rig.quarantine() == [(1, "SPOILED", "", "not what was stored")]
+    rig.check_ledger()
+
+
 def test_alarm_takes_the_place_of_the_oldest_telemetry(make_rig, tmp_path):
     """Pins the way from a reading's score to its priority, and how the one that made way is counted."""
     policy = PolicyConfig(audit_share=0.0, max_share=1.0)
