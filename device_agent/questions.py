@@ -163,9 +163,8 @@ class Questions:
                 row = pb.InferenceRow.FromString(item.payload)
                 if row.reading.seq == item.key.seq:
                     rows[item.key] = row
-            if item.key not in rows and self._outbox.quarantine(
-                item.key, Refusal("SPOILED", "", "not what was stored")
-            ):
+            if item.key not in rows:
+                self._quarantine([item.key], Refusal("SPOILED", "", "not what was stored"))
                 log.error("reading spoiled on disk node=%s seq=%d", item.key.device, item.key.seq)
         return rows
 
