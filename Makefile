@@ -74,6 +74,9 @@ bench-ingest: venv ## Measure how fast samples are stored for good, and whether 
 bench-cache: venv ## Measure what the gateway's answer cache saves and costs (minutes)
 	@PYTHONPATH=. $(BIN)/python benchmarks/cache.py $(ARGS)
 
+bench-flood: venv ## Measure what a device that floods does to the others (a minute; needs gcc, Mosquitto)
+	@PYTHONPATH=. $(BIN)/python benchmarks/flood.py $(ARGS)
+
 MOSEC := benchmarks/gateway/.venv
 
 $(MOSEC)/.installed: benchmarks/gateway/requirements-mosec.txt

@@ -26,15 +26,16 @@ class Batch(Generic[T]):
     since: float
 
 
-class _Turns(Generic[T]):
+class Turns(Generic[T]):
     """Queues of many owners that give one row each in turn: who sends ten times as much waits ten times as long."""
 
     def __init__(self) -> None:
         self._queues: dict[str, deque[tuple[float, T]]] = {}
         self._turns: deque[str] = deque()
+        self._count = 0
 
-    def __bool__(self) -> bool:
-        return bool(self._turns)
+    def __len__(self) -> int:
+        return self._count
 
     def waiting(self, owner: str) -> int:
         queue = self._queues.get(owner)
@@ -46,11 +47,13 @@ class _Turns(Generic[T]):
             queue = self._queues[owner] = deque()
             self._turns.append(owner)
         queue.append((now, row))
+        self._count += 1
 
     def pop(self) -> tuple[float, T]:
         owner = self._turns.popleft()
         queue = self._queues[owner]
         taken = queue.popleft()
+        self._count -= 1
         if queue:
             self._turns.append(owner)
         else:
@@ -86,12 +89,17 @@ class Batcher(Generic[T]):
         self._max_delay_s = max_delay_s
         self._max_waiting = max_waiting
         self._max_waiting_per_owner = max_waiting_per_owner
-        self._fresh: _Turns[T] = _Turns()
-        self._replays: _Turns[T] = _Turns()
+        self._fresh: Turns[T] = Turns()
+        self._replays: Turns[T] = Turns()
         self._waiting = 0
 
     def __len__(self) -> int:
         return self._waiting
+
+    @property
+    def is_full(self) -> bool:
+        """Fresh rows fill a batch."""
+        return len(self._fresh) >= self.max_rows
 
     def has_room(self, owner: str, rows: int) -> bool:
         """Whether so many rows of this owner may come in together."""

@@ -1,7 +1,8 @@
 """The gateway: requests in, batches through the model, replies out, samples into the outbox before they are promised.
 
-Data flows one way: link -> requests -> lanes -> outbox.commit -> replies -> PUBACK.
+Data flows one way: link -> turns -> requests -> lanes -> outbox.commit -> replies -> PUBACK.
 Invariants:
+- beyond a batch, a device's questions cost the others a turn each: not even unpacking a flood goes first;
 - a reply that promises a sample follows the commit that holds it;
 - a request's PUBACK follows its reply, so that receive-maximum is back-pressure and a crash loses no question;
 - a swap of models happens between batches: no row is answered by two releases, none is dropped.
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_gateway import engine
+from edge_gateway.batcher import Turns
 from edge_gateway.forwarder import Forwarder, sample_counters
 from edge_gateway.inference import Outcome, Scored, ServedModel
 from edge_gateway.lanes import LaneConfig, Lanes
@@ -81,8 +83,13 @@ class Gateway:
         self.model_states: Callable[[], list[ModelState]] = list
         self.clock_suspect: Callable[[], bool] = bool
         self._clock = loop.clock
+        self._wake = loop.wake
         self._outbox = outbox
         self._open = 0
+        # Questions whose turn to be unpacked has not come, and how many came so soon that they did not have to wait.
+        self._arrivals: Turns[Delivery] = Turns()
+        self._at_once = 0
+        self._arrived_at: float | None = None
         self._ready: deque[OpenRequest] = deque()
         self._promised: list[tuple[Row, pb.Answer]] = []
         self._commit_at = 0.0
@@ -97,6 +104,7 @@ class Gateway:
         self._reporter = StateReporter(link, self._report, interval_s=config.state_interval_s, rng=rng)
         CommandDesk(link, config.site, config.node, {"report_state": lambda _: self._report_now()})
         self._subscribe()
+        link.on_arrival(Route.INFER, self._on_arrival)
         link.on_bad(Route.INFER, self._on_bad)
 
     # -- models ------------------------------------------------------------------------------------------------------
@@ -136,13 +144,31 @@ class Gateway:
             group = serving_group(config.models, config.devices)
             self.link.subscribe(Route.INFER, self._on_request, group=group, ack_late=True, site=config.site)
 
+    def _on_arrival(self, delivery: Delivery) -> bool:
+        """Whether a question waits for its turn. The first of a round do not: they fill a batch and no more."""
+        if not self._arrivals and self._at_once < self.config.lanes.max_batch_size:
+            self._at_once += 1
+            return False
+        device = delivery.address.node
+        # Too much of one device is refused now, because it takes room in the receive-maximum that all share.
+        if self._is_crowding(device) or self._is_overrun():
+            return False
+        self._arrivals.add(device, delivery, self._clock())
+        return True
+
+    def _is_crowding(self, device: str) -> bool:
+        return self._arrivals.waiting(device) >= self.config.lanes.max_waiting_per_device
+
+    def _is_overrun(self) -> bool:
+        """Only QoS 0 gets here: it knows no receive-maximum, and is sent again."""
+        return self._open + len(self._arrivals) >= self.config.max_open
+
     def _on_request(self, delivery: Delivery) -> None:
         request = delivery.message
         if not isinstance(request, pb.InferenceRequest):
             raise PayloadError("empty", field="payload")
         check_request(request, delivery.address, delivery.response_topic)
-        if self._open >= self.config.max_open:
-            # Only QoS 0 gets here: it knows no receive-maximum, and is sent again.
+        if self._is_overrun():
             self.counters["requests.dropped"] += 1
             delivery.ack()
             return
@@ -151,13 +177,17 @@ class Gateway:
         opened = OpenRequest(
             request,
             delivery.address,
-            self._clock(),
+            self._clock() if self._arrived_at is None else self._arrived_at,
             self._ready.append,
             correlation=delivery.correlation,
             qos=delivery.qos,
             ack=delivery.ack,
         )
-        self.lanes.admit(opened, request, len(delivery.payload))
+        if self._is_crowding(opened.device):
+            message = f"{self._arrivals.waiting(opened.device)} questions wait already"
+            opened.refuse_all(pb.STATUS_RESOURCE_EXHAUSTED, message, "rows")
+        else:
+            self.lanes.admit(opened, request, len(delivery.payload))
 
     def _on_bad(self, delivery: Delivery, error: PayloadError) -> None:
         """Answer what cannot be parsed, or is not its sender's own; the correlation data says which it was."""
@@ -170,8 +200,12 @@ class Gateway:
     # -- batches and replies -------------------------------------------------------------------------------------------
 
     def flush(self, now: float) -> None:
-        """The sockets are drained: run what may leave, make samples durable, then reply and acknowledge."""
-        for settled in self.lanes.run(now):
+        """The sockets are drained: run what may leave, make samples durable, then reply and acknowledge.
+
+        One batch at a time where questions wait for their turn: those that came meanwhile are read before the next.
+        """
+        self._admit()
+        for settled in self.lanes.run(now, is_behind=self.is_behind):
             for row, served, outcome in settled:
                 self._take(row, served, outcome)
             # Batch by batch: while the next one runs, broker and devices are at work on these.
@@ -181,6 +215,21 @@ class Gateway:
         if self._promised and now >= self._commit_at:
             self._commit(now)
         self._reply()
+        self._at_once = 0
+        if self.is_behind:
+            self._wake()
+
+    @property
+    def is_behind(self) -> bool:
+        """Questions wait for their turn to be unpacked."""
+        return bool(self._arrivals)
+
+    def _admit(self) -> None:
+        """Unpack what waits, device by device, until a batch is full."""
+        while self._arrivals and not self.lanes.is_full:
+            self._arrived_at, delivery = self._arrivals.pop()
+            self.link.handle(delivery)
+        self._arrived_at = None
 
     def due_at(self) -> float | None:
         """When `flush` has something to do though no socket says so."""
@@ -198,6 +247,8 @@ class Gateway:
         """Keep every promise that was about to be made, then end the workers."""
         now = self._clock()
         self.flush(now)
+        while self.is_behind:
+            self.flush(now)
         self._commit(now)
         self._reply()
         self.lanes.close()

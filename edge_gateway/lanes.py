@@ -139,8 +139,11 @@ class Lanes:
             for row in misses:
                 lane.batcher.add(opened.device, row, opened.arrived, replay=request.replay)
 
-    def run(self, now: float) -> Iterator[list[Settled]]:
-        """Run every batch that may leave now; yields what is answered: first from the cache and by workers since."""
+    def run(self, now: float, *, is_behind: bool = False) -> Iterator[list[Settled]]:
+        """Run every batch that may leave now; yields what is answered: first from the cache and by workers since.
+
+        With `is_behind` each lane runs one: among the questions that are still packed may be some that go first.
+        """
         known, self._known = self._known, []
         yield known + self._finished()
         for lane in self._lanes.values():
@@ -151,6 +154,13 @@ class Lanes:
                 self._counters[batch.left.value] += 1
                 self.histograms.queue_s.observe(now - batch.since)
                 yield self._start(lane, batch.rows, now)
+                if is_behind:
+                    break
+
+    @property
+    def is_full(self) -> bool:
+        """Fresh rows fill a batch that may leave now: more need not be unpacked before it has."""
+        return any(lane.batcher.is_full and self._is_free(lane) for lane in self._lanes.values())
 
     def due_at(self) -> float | None:
         """When `run` has something to do though no socket says so."""

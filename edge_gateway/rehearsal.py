@@ -132,9 +132,15 @@ class Rehearsal:
         receive = self.link.receive
         for packet in packets:
             receive(packet)
-        self.gateway.flush(self._loop.clock())
+        self.flush(self._loop.clock())
         sent, self.link.sent = self.link.sent, []
         return sent
+
+    def flush(self, now: float) -> None:
+        """Answer everything that has come."""
+        self.gateway.flush(now)
+        while self.gateway.is_behind:
+            self.gateway.flush(now)
 
 
 def packet_of(request: pb.InferenceRequest) -> bytes:

@@ -23,6 +23,7 @@ enum {
     EVENTS = 256,
     MAX_RATE_BURST = 1024,
     STATUS_OK = 1,
+    STATUS_RESOURCE_EXHAUSTED = 4,
     DRAIN_NS = 1000000000,
     TICK_MS = 20,
 };
@@ -50,7 +51,7 @@ struct slot {
 };
 
 struct tally {
-    uint64_t sent, answered, in_time, errors, strays, unsent;
+    uint64_t sent, answered, in_time, errors, exhausted, strays, unsent;
     uint32_t *latencies; /* tenths of a microsecond */
     size_t capacity;
 };
@@ -177,23 +178,24 @@ static bool next_field(struct span *rest, uint64_t *key, uint64_t *value, struct
     return true;
 }
 
-/* Whether every row of an InferenceReply, field 3, has status OK, field 2; and there is one. */
-static bool is_ok(struct span reply) {
-    uint64_t key, value, rows = 0, good = 0;
+/* The status of an InferenceReply: of its first row, field 3, whose status, field 2, is not OK; OK where all are. Negative
+   where it has no rows or is no reply. */
+static int64_t status_of(struct span reply) {
+    uint64_t key, value, rows = 0, found = STATUS_OK;
     struct span row;
     while (reply.size > 0) {
-        if (!next_field(&reply, &key, &value, &row)) return false;
+        if (!next_field(&reply, &key, &value, &row)) return -1;
         if (key != (3 << 3 | 2)) continue;
         rows++;
         uint64_t status = 0;
         struct span ignored;
         while (row.size > 0) {
-            if (!next_field(&row, &key, &value, &ignored)) return false;
+            if (!next_field(&row, &key, &value, &ignored)) return -1;
             if (key == (2 << 3)) status = value;
         }
-        good += status == STATUS_OK;
+        if (found == STATUS_OK) found = status;
     }
-    return rows > 0 && rows == good;
+    return rows > 0 ? (int64_t)found : -1;
 }
 
 static void remember(int64_t latency_ns) {
@@ -215,7 +217,9 @@ static void hear(const struct publish *reply, int64_t now) {
     }
     slot->is_open = false;
     tally.in_time += now < end_ns;
-    tally.errors += !is_ok(reply->payload);
+    int64_t status = status_of(reply->payload);
+    tally.errors += status != STATUS_OK;
+    tally.exhausted += status == STATUS_RESOURCE_EXHAUSTED;
     remember(now - slot->since_ns);
 }
 
@@ -314,11 +318,12 @@ static void report(int64_t took_ns, double cpu) {
     double seconds = (double)took_ns / (double)SECOND_NS;
     qsort(tally.latencies, tally.answered, sizeof *tally.latencies, compare);
     printf("{\"requests\": %llu, \"answered\": %llu, \"seconds\": %.4f, \"rps\": %.1f, \"p50_us\": %.1f, "
-           "\"p99_us\": %.1f, \"p999_us\": %.1f, \"cpu_s\": %.4f, \"errors\": %llu, \"unanswered\": %llu, "
-           "\"strays\": %llu, \"unsent\": %llu}\n",
+           "\"p99_us\": %.1f, \"p999_us\": %.1f, \"cpu_s\": %.4f, \"errors\": %llu, \"exhausted\": %llu, "
+           "\"unanswered\": %llu, \"strays\": %llu, \"unsent\": %llu}\n",
            (unsigned long long)tally.sent, (unsigned long long)tally.answered, seconds,
            (double)tally.in_time / seconds, percentile_us(0.5), percentile_us(0.99), percentile_us(0.999), cpu,
-           (unsigned long long)tally.errors, (unsigned long long)(tally.sent - tally.answered),
+           (unsigned long long)tally.errors, (unsigned long long)tally.exhausted,
+           (unsigned long long)(tally.sent - tally.answered),
            (unsigned long long)tally.strays, (unsigned long long)tally.unsent);
 }
 

@@ -1,6 +1,6 @@
 """The questions that both servers get: whole InferenceRequest messages, the same bytes over MQTT and HTTP.
 
-A file is a u32 count, then for each payload a u32 size and its bytes, little-endian; payload i is of device i % DEVICES.
+A file is a u32 count, then for each payload a u32 size and its bytes, little-endian; payload i is of device i % devices.
 There are more different ones than the gateway's answer cache holds, and they come round in order: an LRU cache of fewer
 never has the one that is wanted.
 """
@@ -19,6 +19,7 @@ from shoal.v1 import inference_pb2 as pb
 from shoal.v1.sensor_pb2 import SensorData, TimeQuality
 
 DEVICES = 64
+PREFIX = "cam"
 SITE = "bench"
 _SEED = 11
 _STARTED_AT_US = 1_790_000_000_000_000
@@ -28,22 +29,24 @@ _CACHE_BYTES = 3 * (16 << 20)
 _SMALLEST_ENTRY_BYTES = 200
 
 
-def device_name(index: int) -> str:
-    return f"cam{index % DEVICES:02d}"
+def device_name(index: int, prefix: str = PREFIX, devices: int = DEVICES) -> str:
+    return f"{prefix}{index % devices:02d}"
 
 
-def payload_count(shape: tuple[int, ...]) -> int:
+def payload_count(shape: tuple[int, ...], devices: int = DEVICES) -> int:
     """How many different questions outgrow the cache, in whole rounds of the devices."""
     entry_bytes = math.prod(shape) + _SMALLEST_ENTRY_BYTES  # a value is one byte
-    return DEVICES * max(2, math.ceil(_CACHE_BYTES / entry_bytes / DEVICES))
+    return devices * max(2, math.ceil(_CACHE_BYTES / entry_bytes / devices))
 
 
-def write_payloads(path: Path, model: str, shape: tuple[int, ...]) -> int:
-    """Write the file of one model and return how many payloads it has."""
-    count = payload_count(shape)
+def write_payloads(
+    path: Path, model: str, shape: tuple[int, ...], *, prefix: str = PREFIX, devices: int = DEVICES
+) -> int:
+    """Write the file of one model and return how many payloads it has; fleets of different prefixes ask other things."""
+    count = payload_count(shape, devices)
     with path.open("wb") as file:
         file.write(struct.pack("<I", count))
-        for payload in _payloads(model, shape, count):
+        for payload in _payloads(model, shape, count, prefix, devices):
             file.write(struct.pack("<I", len(payload)) + payload)
     return count
 
@@ -61,21 +64,22 @@ def typical_reply(model: str) -> bytes:
     """What a gateway answers to one such question, for the echo to say."""
     answer = pb.Answer(release=1, score=0.25, label=3)
     row = pb.RowReply(seq=1000, status=pb.STATUS_OK, answer=answer)
-    return encode(pb.InferenceReply(epoch=_epoch(0), model=model, rows=[row]))
+    return encode(pb.InferenceReply(epoch=_epoch(device_name(0)), model=model, rows=[row]))
 
 
-def _payloads(model: str, shape: tuple[int, ...], count: int) -> Iterator[bytes]:
-    rng = np.random.default_rng(_SEED)
+def _payloads(model: str, shape: tuple[int, ...], count: int, prefix: str, devices: int) -> Iterator[bytes]:
+    rng = np.random.default_rng([_SEED, *prefix.encode()])
     for index in range(count):
         reading = SensorData(
-            seq=1 + index // DEVICES,
+            seq=1 + index // devices,
             captured_at_us=_STARTED_AT_US + index * 1000,
             time_quality=TimeQuality.TIME_QUALITY_SYNCED,
             tensor=to_tensor(rng.integers(0, 256, shape, dtype=np.uint8)),
         )
         row = pb.InferenceRow(reading=reading, reason=pb.ASK_REASON_NO_MODEL)
-        yield encode(pb.InferenceRequest(device=device_name(index), epoch=_epoch(index), model=model, rows=[row]))
+        device = device_name(index, prefix, devices)
+        yield encode(pb.InferenceRequest(device=device, epoch=_epoch(device), model=model, rows=[row]))
 
 
-def _epoch(index: int) -> bytes:
-    return hashlib.sha256(device_name(index).encode()).digest()[:16]
+def _epoch(device: str) -> bytes:
+    return hashlib.sha256(device.encode()).digest()[:16]

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class Delivery(NamedTuple):
-    """One received message. `message` is None on opaque routes and where a retained topic was cleared."""
+    """One received message. `message` is None before its turn, on opaque routes and for cleared topics."""
 
     address: Address
     payload: bytes
@@ -29,6 +29,7 @@ class Delivery(NamedTuple):
 
 Handler = Callable[[Delivery], None]
 BadHook = Callable[[Delivery, PayloadError], None]
+PostponeHook = Callable[[Delivery], bool]
 
 
 class _Entry(NamedTuple):
@@ -48,6 +49,7 @@ class Inbox:
         self._counters = counters
         self._handlers: dict[Route, _Entry] = {}
         self._bad_hooks: dict[Route, BadHook] = {}
+        self._postpone_hooks: dict[Route, PostponeHook] = {}
 
     def register(self, route: Route, handler: Handler, *, ack_late: bool) -> None:
         """Name the handler of a route.
@@ -61,6 +63,10 @@ class Inbox:
 
     def on_bad(self, route: Route, hook: BadHook) -> None:
         self._bad_hooks[route] = hook
+
+    def on_arrival(self, route: Route, hook: PostponeHook) -> None:
+        """Ask `hook` before a message of `route` is decoded; where it says True, it calls `handle` itself, later."""
+        self._postpone_hooks[route] = hook
 
     def receive(
         self,
@@ -87,18 +93,26 @@ class Inbox:
             self._counters["ignored_messages"] += 1
             ack()
             return
+        delivery = Delivery(address, payload, None, retained, qos, correlation, response_topic, ack)
+        postpone = self._postpone_hooks.get(route)
+        if postpone is None or not postpone(delivery):
+            self.handle(delivery)
+
+    def handle(self, delivery: Delivery) -> None:
+        """Decode one message and hand it to its handler."""
+        route = delivery.address.route
+        entry = self._handlers[route]
         try:
-            message = _message_of(entry.spec, payload)
-            entry.handler(Delivery(address, payload, message, retained, qos, correlation, response_topic, ack))
+            message = _message_of(entry.spec, delivery.payload)
+            entry.handler(delivery if message is None else delivery._replace(message=message))
         except PayloadError as exc:
             self._count_bad(route.value, exc)
             if route in self._bad_hooks:
-                bad = Delivery(address, payload, None, retained, qos, correlation, response_topic, ack)
-                self._bad_hooks[route](bad, exc)
-            ack()
+                self._bad_hooks[route](delivery, exc)
+            delivery.ack()
             return
         if not entry.ack_late:
-            ack()
+            delivery.ack()
 
     def _count_bad(self, where: str, error: PayloadError) -> None:
         self._counters["bad_payloads"] += 1

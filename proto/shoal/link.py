@@ -27,7 +27,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from shoal.acks import AckQueue
 from shoal.codec import CONTENT_TYPE, OPAQUE_CONTENT_TYPE, encode, schema_of
 from shoal.errors import ConfigError, LinkError
-from shoal.inbox import BadHook, Handler, Inbox
+from shoal.inbox import BadHook, Delivery, Handler, Inbox, PostponeHook
 from shoal.link_config import Identity, LinkConfig
 from shoal.loop import Loop, Socket, Timer
 from shoal.mqtt_client import WireClient
@@ -115,6 +115,14 @@ class Link:
     def on_bad(self, route: Route, hook: BadHook) -> None:
         """Call `hook` for messages of `route` that cannot be decoded; they are counted and acknowledged anyhow."""
         self._inbox.on_bad(route, hook)
+
+    def on_arrival(self, route: Route, hook: PostponeHook) -> None:
+        """Ask `hook` before a message of `route` is decoded; where it says True, it calls `handle` itself, later."""
+        self._inbox.on_arrival(route, hook)
+
+    def handle(self, delivery: Delivery) -> None:
+        """Decode a postponed message and hand it to its handler."""
+        self._inbox.handle(delivery)
 
     def subscribe(
         self,

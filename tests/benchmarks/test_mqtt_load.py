@@ -92,6 +92,16 @@ def test_reply_that_is_no_answer_is_an_error(mosquitto, programs, payloads, tmp_
         assert (counted["answered"], counted["errors"]) == (10, 10)
 
 
+def test_being_told_to_ask_again_is_an_error_of_its_own(mosquitto, programs, payloads, tmp_path):
+    """A flood that is turned away is neither served nor broken."""
+    full, broken = [pb.STATUS_OK, pb.STATUS_RESOURCE_EXHAUSTED], [pb.STATUS_INTERNAL]
+    for statuses, exhausted in ((full[1:], 10), (full, 10), (broken, 0)):
+        reply = pb.InferenceReply(rows=[pb.RowReply(seq=1, status=status) for status in statuses])
+        with echo(programs, mosquitto.port, reply.SerializeToString(), tmp_path):
+            counted = ask(programs, mosquitto.port, payloads, "--count", "10", "--seconds", "30")
+        assert (counted["answered"], counted["errors"], counted["exhausted"]) == (10, 10, exhausted)
+
+
 def test_second_answer_is_counted_apart(mosquitto, programs, payloads):
     """It makes nothing faster."""
 
@@ -145,3 +155,12 @@ def test_payloads_are_their_devices_own_and_differ(payloads):
     assert len({request.rows[0].reading.tensor.data for request in asked}) == len(asked)
     assert asked[0].epoch == asked[2].epoch != asked[1].epoch
     assert count * 3072 * 4 > 16 << 20
+
+
+def test_another_fleet_asks_under_its_own_names_about_other_things(tmp_path, payloads):
+    """So that the cache never answers one fleet what another one asked."""
+    write_payloads(tmp_path / "flood", "mlp", (3072,), prefix="flood", devices=1)
+    files = (tmp_path / "flood", payloads)
+    asked, others = ([pb.InferenceRequest.FromString(read_payload(path, i)) for i in range(3)] for path in files)
+    assert {request.device for request in asked} == {"flood00"}
+    assert len({request.rows[0].reading.tensor.data for request in asked + others}) == 6

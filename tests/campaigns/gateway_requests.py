@@ -159,7 +159,7 @@ def run(requests, seed):
                 packets = [packet(asked, place) for place, asked in enumerate(drained)]
                 for one in packets:
                     gateway.link.receive(one)
-                gateway.gateway.flush(late)  # so that whoever would not wait is late
+                gateway.flush(late)  # so that whoever would not wait is late
                 sent, gateway.link.sent = gateway.link.sent, []
                 answers = replies_in(sent)
                 for place, asked in enumerate(drained):

@@ -125,3 +125,31 @@ def test_acks_leave_in_order_of_arrival(order):
         done = set(order[: place + 1])
         assert sent == list(range(next((n for n in range(8) if n not in done), 8)))
     assert len(queue) == 0
+
+
+def test_postponed_message_is_decoded_when_it_is_its_turn(feed):
+    """Until then it costs its bytes, and nobody has acknowledged it."""
+    waiting = []
+
+    def postpone(delivery):
+        waiting.append(delivery)
+        return True
+
+    feed.inbox.register(Route.REPLY, feed.take, ack_late=False)
+    feed.inbox.on_arrival(Route.REPLY, postpone)
+    feed.send(_REPLY, InferenceReply(model="digits").SerializeToString())
+    feed.send(_REPLY, b"\xff")
+    assert [delivery.message for delivery in waiting] == [None, None]
+    assert (feed.got, feed.acks, feed.counters["bad_payloads"]) == ([], 0, 0)
+    for delivery in waiting:
+        feed.inbox.handle(delivery)
+    assert [delivery.message.model for delivery in feed.got] == ["digits"]
+    assert (feed.acks, feed.counters["bad_payloads"]) == (2, 1)
+
+
+def test_message_that_is_not_postponed_is_handled_at_once(feed):
+    """Where the hook says no."""
+    feed.inbox.register(Route.REPLY, feed.take, ack_late=False)
+    feed.inbox.on_arrival(Route.REPLY, lambda delivery: delivery.address.node != "cam")
+    feed.send(_REPLY, InferenceReply(model="digits").SerializeToString())
+    assert (len(feed.got), feed.acks) == (1, 1)

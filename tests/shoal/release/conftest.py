@@ -136,6 +136,12 @@ class NodeLink(MemoryLink):
     def on_bad(self, route, hook) -> None:
         self.inbox.on_bad(route, hook)
 
+    def on_arrival(self, route, hook) -> None:
+        self.inbox.on_arrival(route, hook)
+
+    def handle(self, delivery) -> None:
+        self.inbox.handle(delivery)
+
     def flush(self) -> None:
         """What is published has arrived already."""
 
