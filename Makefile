@@ -115,7 +115,10 @@ gateway-requests: venv ## Ask the gateway 100,000 things, a tenth of them malfor
 agent-kills: venv ## Kill an agent 200 times while readings flow, and close the books (minutes; needs Mosquitto)
 	@$(BIN)/python tests/campaigns/agent_kills.py $(ARGS)
 
-nightly: faults-install mutation-trust gateway-requests agent-kills ## The long campaigns, one after the other
+gateway-failover: venv ## Kill and stall two gateways under load: nothing lost, nothing late, nothing twice (needs Mosquitto)
+	@$(BIN)/python tests/campaigns/gateway_failover.py $(ARGS)
+
+nightly: faults-install mutation-trust gateway-requests gateway-failover agent-kills ## The long campaigns, one after the other
 
 mutation-trust: venv ## Remove each check that trust rests on and see a test fail (minutes)
 	@$(BIN)/python tests/campaigns/mutation_trust.py $(ARGS)
