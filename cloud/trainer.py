@@ -46,7 +46,7 @@ class Trainer:
         self._samples = samples
         self._start_build = start_build
         self._models = {model.name: self._restore(model) for model in settings.models}
-        CommandDesk(link, CLOUD_SITE, SERVICE, {"run_pipeline": self._run_pipeline})
+        self._desk = CommandDesk(link, CLOUD_SITE, SERVICE, {"run_pipeline": self._run_pipeline})
 
     def _restore(self, settings: ModelSettings) -> _Model:
         reports = load_reports(self._settings.builds_dir, settings.name)
@@ -55,6 +55,7 @@ class Trainer:
         return _Model(settings, reports[-1].labelled, reports[-1].release)
 
     def tick(self, now: float) -> None:
+        self._desk.tick()
         for name, model in self._models.items():
             if model.process is not None:
                 self._collect(name, model, now)

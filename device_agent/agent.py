@@ -10,6 +10,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from device_agent.actions import Actions
 from device_agent.change import ChangeSettings, DeadBandSettings
 from device_agent.config import DeviceConfig
 from device_agent.device import Device
@@ -42,6 +43,7 @@ _TICK_S = 0.1
 _SESSION_EXPIRY_S = 86_400
 # By then a start or an activation is over, and what it needed is garbage.
 _LOADED_S = 2.0
+_GOODBYE_S = 0.5
 
 # Checked while the file is read, so that the message names the key.
 _Share = Annotated[float, Meta(ge=0, le=1)]
@@ -153,8 +155,10 @@ class Agent:
         self._source = CallSource(source, rate_hz) if callable(source) else source
         self._on_outcome = on_outcome
 
-    def run(self, *, until_dry: bool = False) -> None:
+    def run(self, *, until_dry: bool = False) -> bool:
         """Serve until SIGINT or SIGTERM, or with `until_dry` until the source has ended and all is answered.
+
+        Returns whether a command asked for the process to be started again.
 
         Raises:
             ConfigError: a file that the settings name is missing or unusable, or a name is not an id.
@@ -166,6 +170,7 @@ class Agent:
         rng = random.SystemRandom()
         broker = link_config(settings.broker, session_expiry_s=_SESSION_EXPIRY_S)
         source = self._source or _own_source(settings, broker, rng)
+        wants_restart = False
         # Whatever ends the agent, what it has read is committed.
         with ExitStack() as closing:
             loop = Loop()
@@ -199,8 +204,7 @@ class Agent:
             )
             closing.callback(updates.close)
             device.model_states = updates.state
-            boot_id = kernel_boot_id()
-            device.timekeeper = Timekeeper(boot_id, count_boot(directory / "boots", boot_id))
+            device.timekeeper = _make_timekeeper(directory)
             device.clock_suspect = lambda: updates.clock_suspect
             updates.start()
             link.attach(loop)
@@ -215,19 +219,39 @@ class Agent:
                 device.tick(now)
 
             loop.call_every(_TICK_S, tick)
-            service = Notifier()
-            loop.call_at(loop.clock(), lambda _: service.tell(READY))
-            if service.beat_s is not None:
-                loop.call_every(service.beat_s, lambda _: service.tell(ALIVE))
+
+            def restart() -> None:
+                nonlocal wants_restart
+                wants_restart = True
+                # By then the answer to the command is with the broker.
+                loop.call_at(loop.clock() + _GOODBYE_S, lambda _: loop.stop())
+
+            device.actions.update(Actions(device, updates, restart).table())
+            service = _start_notifying(loop)
             with loop.stopping_on_signals():
                 loop.run(until=lambda: until_dry and intake.is_dry and not outbox.owed)
             service.tell(STOPPING)
             updates.excuse_start()
+        return wants_restart
 
 
-def run(settings: AgentSettings, *, until_dry: bool = False) -> None:
+def run(settings: AgentSettings, *, until_dry: bool = False) -> bool:
     """Run an agent on its settings alone; see `Agent.run`."""
-    Agent(settings).run(until_dry=until_dry)
+    return Agent(settings).run(until_dry=until_dry)
+
+
+def _start_notifying(loop: Loop) -> Notifier:
+    """Say that the agent is ready when the loop turns, and then that it still does."""
+    service = Notifier()
+    loop.call_at(loop.clock(), lambda _: service.tell(READY))
+    if service.beat_s is not None:
+        loop.call_every(service.beat_s, lambda _: service.tell(ALIVE))
+    return service
+
+
+def _make_timekeeper(directory: Path) -> Timekeeper:
+    boot_id = kernel_boot_id()
+    return Timekeeper(boot_id, count_boot(directory / "boots", boot_id))
 
 
 def _own_source(settings: AgentSettings, broker: LinkConfig, rng: random.Random) -> Source:

@@ -30,6 +30,8 @@ from shoal.errors import ConfigError
 
 _WRONG = 1
 _MISTAKE = 2
+# EX_TEMPFAIL of sysexits(3): try again.
+_RESTART = 75
 # What `init` needs: meaning, and the usual answer.
 _ASKED = {name: (MEANINGS[name], "") for name in ("site", "node", "model")} | {
     "broker": ("where the broker is", "mqtt://127.0.0.1:1883")
@@ -119,8 +121,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     start_logging(options.log_level, LogFormat(options.log_format))
-    run(load_config(options.config, AgentSettings))
-    return 0
+    return _RESTART if run(load_config(options.config, AgentSettings)) else 0
 
 
 def _check(options: argparse.Namespace) -> int:

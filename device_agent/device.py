@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from device_agent.change import make_change
 from device_agent.config import DeviceConfig
 from device_agent.inputs import InputMaker
-from device_agent.policy import Choice, UploadPolicy
+from device_agent.metrics import render
+from device_agent.policy import Choice, PolicyConfig, UploadPolicy
 from device_agent.questions import Questions, size_of
 from device_agent.readings import AnsweredBy, Outcome, Reading
 from device_agent.runtime import load
 from device_agent.timekeeping import Timekeeper
-from shoal.commands import CommandDesk
+from shoal.commands import Action, CommandDesk
 from shoal.delivery.outbox import Outbox
 from shoal.errors import ModelError
 from shoal.link import Link
@@ -43,6 +44,7 @@ _REASONS = {
     Choice.ASK_SCORE: pb.ASK_REASON_SCORE,
     Choice.ASK_NO_MODEL: pb.ASK_REASON_NO_MODEL,
     Choice.ASK_AUDIT: pb.ASK_REASON_AUDIT,
+    Choice.ASK_COMMAND: pb.ASK_REASON_COMMAND,
 }
 
 
@@ -68,6 +70,7 @@ class Device:
         model_states: what the update client says of the slots, for NodeState.
         clock_suspect: what it says of the system's clock.
         timekeeper: what is known of it besides; the simulator's devices have none, and never doubt theirs.
+        actions: what it does on command; the agent adds its own.
     """
 
     def __init__(
@@ -95,7 +98,9 @@ class Device:
         self._seqs = iter(range(0))
         self._questions = Questions(config, link, outbox, clock=clock, lane=lane, on_answer=self._hear)
         self._reporter = StateReporter(link, self._report, interval_s=config.state_interval_s, rng=rng)
-        CommandDesk(link, config.site, config.node, {"report_state": lambda _: self._report_now()})
+        self.actions: dict[str, Action] = {"report_state": lambda _: self._report_now()}
+        self._desk = CommandDesk(link, config.site, config.node, self.actions)
+        self._wants_snapshot = False
 
     # -- the model ---------------------------------------------------------------------------------------------------
 
@@ -145,12 +150,15 @@ class Device:
         if values is not reading.values:
             reading = replace(reading, values=values)
         audit = self._policy.take(self._rng.random(), now)
-        if not self._change.should_upload(reading.values, now) and not audit:
+        is_changed = self._change.should_upload(reading.values, now)
+        if not is_changed and not audit and not self._wants_snapshot:
             self._count("kept.unchanged")
             return self._tell(seq, reading, None, "kept.unchanged")
         answer = self._answer(reading.values)
         score = None if answer is None else answer.score
         choice = self._policy.decide(score, self._released_threshold(), audit=audit)
+        if self._wants_snapshot:
+            self._wants_snapshot, choice = False, Choice.ASK_COMMAND
         if choice.is_ask:
             choice = self._ask(seq, reading, answer, choice, now)
         else:
@@ -202,7 +210,8 @@ class Device:
             boot = self.timekeeper.now()
             data.boot_id, data.since_boot_us = boot.boot_id, boot.since_boot_us
         row = pb.InferenceRow(reading=data, reason=_REASONS[choice], device_answer=answer)
-        if not self._policy.spend(size_of(row), now):
+        # What somebody commands is booked where there is room, and asked in any case.
+        if not self._policy.spend(size_of(row), now) and choice is not Choice.ASK_COMMAND:
             self._count(Choice.OVER_BUDGET.value)
             return Choice.OVER_BUDGET
         if self._questions.ask(row, now):
@@ -213,6 +222,7 @@ class Device:
 
     def tick(self, now: float) -> None:
         """Send what is due; call it after each commit of the outbox and a few times a second."""
+        self._desk.tick()
         self._reporter.tick(now)
         self._questions.tick(now)
 
@@ -222,6 +232,29 @@ class Device:
         self._on_outcome(
             Outcome(row.seq, "", AnsweredBy.GATEWAY, answer.release, answer.score, label, "answered", latency_s)
         )
+
+    def snapshot(self) -> None:
+        """Ask about the next reading, whatever it is."""
+        self._wants_snapshot = True
+
+    def retune(self, policy: PolicyConfig) -> None:
+        """Go on with another share and threshold."""
+        self._policy.retune(policy)
+        self._reporter.soon()
+
+    def metrics(self) -> bytes:
+        """Counters as committed, and what waits, for Prometheus."""
+        upload = self._upload_state()
+        gauges = {
+            "outbox_items": self._outbox.in_flight,
+            "outbox_bytes": self._outbox.size_bytes,
+            "connected": int(self.link.connected),
+            "release": self.release,
+            "upload_threshold": upload.threshold,
+            "upload_budget_share": upload.budget_ppm / 1e6,
+            "upload_asked_share": upload.asked_ppm / 1e6,
+        }
+        return render(self._report().counters, gauges)
 
     def report_soon(self) -> None:
         """Publish this device's state at the next tick."""

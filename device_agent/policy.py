@@ -20,13 +20,14 @@ class Choice(Enum):
     ASK_SCORE = "asked.score"
     ASK_NO_MODEL = "asked.no_model"
     ASK_AUDIT = "asked.audit"
+    ASK_COMMAND = "asked.command"
 
     @property
     def is_ask(self) -> bool:
         return self in _ASKS
 
 
-_ASKS = frozenset({Choice.ASK_SCORE, Choice.ASK_NO_MODEL, Choice.ASK_AUDIT})
+_ASKS = frozenset({Choice.ASK_SCORE, Choice.ASK_NO_MODEL, Choice.ASK_AUDIT, Choice.ASK_COMMAND})
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,11 @@ class UploadPolicy:
             cap.spend(cost)
         self._pace.count_asked()
         return True
+
+    def retune(self, config: PolicyConfig) -> None:
+        """Go on with another share and another threshold; caps stay, and what was spent of them."""
+        self._config = config
+        self._afford()
 
     def forget_scores(self) -> None:
         """Start again with the released threshold: another model's scores say nothing about this one's."""

@@ -102,7 +102,7 @@ class Gateway:
             retry_after_s=config.retry_after_s,
         )
         self._reporter = StateReporter(link, self._report, interval_s=config.state_interval_s, rng=rng)
-        CommandDesk(link, config.site, config.node, {"report_state": lambda _: self._report_now()})
+        self._desk = CommandDesk(link, config.site, config.node, {"report_state": lambda _: self._report_now()})
         self._subscribe()
         link.on_arrival(Route.INFER, self._on_arrival)
         link.on_bad(Route.INFER, self._on_bad)
@@ -239,6 +239,7 @@ class Gateway:
         return self._commit_at if due is None else min(due, self._commit_at)
 
     def tick(self, now: float) -> None:
+        self._desk.tick()
         self._reporter.tick(now)
         self._outbox.commit()
         self._forwarder.tick(now)

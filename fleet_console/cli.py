@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fleet_console.broker import BrokerKind, choose_kind, run_foreground
+from fleet_console.command import command
 from fleet_console.gateway_cli import gateway_app
 from fleet_console.keys_cli import keys_app
 from fleet_console.release_cli import models, release_app
@@ -146,6 +147,7 @@ def cloud(service: Annotated[CloudService, typer.Argument(help="Which service.")
 app.add_typer(gateway_app, name="gateway")
 app.add_typer(release_app, name="release")
 app.command()(models)
+app.command()(command)
 app.add_typer(keys_app, name="keys")
 
 

@@ -1,11 +1,15 @@
-"""Obeys commands: one handler for each action, an answer to every command, each command once."""
+"""Obeys commands: one handler for each action, an answer to every command, each command once.
+
+An answer that the link does not take, or that a connection loses, is kept and sent when there is room.
+"""
 
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-from shoal.errors import PayloadError
+from shoal.errors import LinkError, PayloadError
 from shoal.inbox import Delivery
 from shoal.link import Link
 from shoal.routes import Route
@@ -14,13 +18,18 @@ from shoal.v1 import command_pb2 as pb
 # A command repeated by QoS 1 is answered from memory; older ones have expired by any sane expiry.
 _REMEMBERED = 256
 _MAX_ID_BYTES = 64
+# Answers that wait for the link; beyond it the oldest goes, whose sender has long given up.
+_MAX_KEPT = 64
 
 # Does what the action asks and returns a sentence about it; raises PayloadError to refuse.
 Action = Callable[[Any], str]
 
 
 class CommandDesk:
-    """Takes a node's commands. `actions` maps the names of `Command.action` to what does them."""
+    """Takes a node's commands. `actions` maps the names of `Command.action` to what does them.
+
+    Call `tick` now and then, so that kept answers leave.
+    """
 
     def __init__(
         self,
@@ -36,6 +45,8 @@ class CommandDesk:
         self._actions = actions
         self._wall_clock = wall_clock
         self._done: OrderedDict[bytes, pb.CommandResult] = OrderedDict()
+        self._kept: deque[tuple[bytes, pb.CommandResult]] = deque(maxlen=_MAX_KEPT)
+        link.on_connect(self.tick)
         link.subscribe(Route.COMMAND, self._on_command, site=site, node=node)
 
     def _on_command(self, delivery: Delivery) -> None:
@@ -46,8 +57,27 @@ class CommandDesk:
             self._done[command.id] = self.obey(command)
             if len(self._done) > _REMEMBERED:
                 self._done.popitem(last=False)
-        result = self._done[command.id]
-        self._link.publish(Route.RESULT, result, correlation=delivery.correlation, site=self._site, node=self._node)
+        self._kept.append((delivery.correlation, self._done[command.id]))
+        self.tick()
+
+    def tick(self) -> None:
+        """Send the answers that were kept, as far as the link takes them."""
+        while self._kept and self._send(*self._kept[0]):
+            self._kept.popleft()
+
+    def _send(self, correlation: bytes, result: pb.CommandResult) -> bool:
+        return self._link.publish(
+            Route.RESULT,
+            result,
+            correlation=correlation,
+            on_done=partial(self._settle, correlation, result),
+            site=self._site,
+            node=self._node,
+        )
+
+    def _settle(self, correlation: bytes, result: pb.CommandResult, error: LinkError | None) -> None:
+        if error is not None and not error.permanent:
+            self._kept.append((correlation, result))
 
     def obey(self, command: pb.Command) -> pb.CommandResult:
         """Do one command, whatever came before."""

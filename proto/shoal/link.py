@@ -214,6 +214,11 @@ class Link:
         self.counters["bytes_sent"] += len(payload)
         return True
 
+    def announce(self) -> None:
+        """Publish the birth of this connection again; without one, nothing happens."""
+        if self.connected and self.room() > 0:
+            self._publish_presence(online=True)
+
     def flush(self) -> None:
         """Send what this round has published so far; without it, that happens when the round is over."""
         if self._outgoing and self._client is not None:

@@ -44,6 +44,9 @@ class MemoryLink:
         self.inbox = Inbox(self.counters)
         self.results = []
 
+    def on_connect(self, hook):
+        """It never is."""
+
     def subscribe(self, route, handler, **segments):
         assert topic(route, **segments) == "shoal/v1/down/cloud/trainer/command"
         self.inbox.register(route, handler, ack_late=False)

@@ -31,6 +31,7 @@ from shoal.loop import Loop
 from shoal.release.client import UpdateClient
 from shoal.routes import Route
 from shoal.v1 import inference_pb2 as pb
+from shoal.v1.command_pb2 import COMMAND_STATUS_DONE, Command, Restart
 
 pytestmark = pytest.mark.device
 
@@ -170,6 +171,21 @@ def test_agent_asks_is_answered_and_ends_on_sigterm(config, gateway):
     assert (len(peer.state.boot_id), peer.state.boot_count) == (16, 1)
     assert peer.state.since_boot_us > 0
     peer.until(lambda: peer.online is False)
+
+
+def test_agent_restarts_on_command_and_answers_first(config, gateway):
+    """Pins the status that makes systemd start it again, and that whoever commanded it hears of it."""
+    peer = gateway()
+    results = []
+    peer.link.subscribe(Route.RESULT, lambda delivery: results.append(delivery.message), site=peer.site)
+    expires = int((time.time() + 60) * 1e6)
+    order = Command(id=b"1", expires_at_us=expires, restart=Restart())
+    with running(config()) as agent:
+        peer.until(lambda: peer.counters.get("answered"))
+        assert peer.link.publish(Route.COMMAND, order, site=peer.site, node="dev-1")
+        peer.until(lambda: results)
+        assert agent.wait(PATIENCE_S) == 75
+    assert (results[0].id, results[0].status) == (b"1", COMMAND_STATUS_DONE)
 
 
 def test_killed_agent_replays_what_it_owes(config, gateway):

@@ -268,6 +268,7 @@ def test_choices_are_the_counters_of_the_contract():
         "kept.over_budget": False,
         "asked.score": True,
         "asked.no_model": True,
+        "asked.command": True,
         "asked.audit": True,
     }
 

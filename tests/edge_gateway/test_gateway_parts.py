@@ -314,10 +314,11 @@ def served(runtime, threshold=0.4, std=1.0):
     return ServedModel(spec, release_pb2.Artefact(threshold=threshold, sha256=b"d" * 32), runtime)
 
 
-def test_what_exceeds_the_threshold_and_every_audit_becomes_a_sample():
+@pytest.mark.parametrize("reason", [pb.ASK_REASON_AUDIT, pb.ASK_REASON_COMMAND])
+def test_what_exceeds_the_threshold_or_was_wanted_for_itself_becomes_a_sample(reason):
     """With both answers; the owner is the group's, not the row's."""
     sure, unsure = (0.0, 9.0), (1.0, 1.0)
-    asked = request(row(1, *sure), row(2, *unsure), row(3, *sure, reason=pb.ASK_REASON_AUDIT))
+    asked = request(row(1, *sure), row(2, *unsure), row(3, *sure, reason=reason))
     asked.rows[1].device_answer.CopyFrom(pb.Answer(release=2, score=0.3, label=1))
     rows, _ = rows_of(asked)
     model = served(Echo())

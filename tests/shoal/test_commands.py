@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from shoal.commands import CommandDesk
-from shoal.errors import PayloadError
+from shoal.errors import LinkError, PayloadError
 from shoal.inbox import Inbox
 from shoal.routes import Route, topic
 from shoal.v1 import command_pb2 as pb
@@ -24,13 +24,22 @@ class Wire:
         self.inbox = Inbox(self.counters)
         self.published = []
         self.acks = 0
+        self.takes = True
+        self.hooks = []
+        self.pending = []
+
+    def on_connect(self, hook):
+        self.hooks.append(hook)
 
     def subscribe(self, route, handler, **segments):
         assert segments == {"site": _SITE, "node": _NODE}
         self.inbox.register(route, handler, ack_late=False)
 
-    def publish(self, route, message, *, correlation, **segments):
+    def publish(self, route, message, *, correlation, on_done, **segments):
         assert (route, segments) == (Route.RESULT, {"site": _SITE, "node": _NODE})
+        if not self.takes:
+            return False
+        self.pending.append(on_done)
         self.published.append((correlation, message))
         return True
 
@@ -58,7 +67,7 @@ class Desk:
         self.wire = Wire()
         self.now_s = _NOW_S
         self.done = []
-        CommandDesk(self.wire, _SITE, _NODE, {"run_pipeline": self.run}, wall_clock=lambda: self.now_s)
+        self.desk = CommandDesk(self.wire, _SITE, _NODE, {"run_pipeline": self.run}, wall_clock=lambda: self.now_s)
 
     def run(self, action):
         self.done.append(action.model)
@@ -156,3 +165,39 @@ def test_command_without_a_usable_id_is_bad(desk, command_id):
     desk.wire.send(order(command_id))
     assert (desk.done, desk.wire.published, desk.wire.acks) == ([], [], 1)
     assert desk.wire.counters["bad_payloads"] == 1
+
+
+def test_answer_that_the_link_does_not_take_is_kept(desk):
+    """In order, and sent once there is room; not again after that."""
+    desk.wire.takes = False
+    desk.wire.send(order(b"1"), correlation=b"a")
+    desk.wire.send(order(b"2"), correlation=b"b")
+    desk.desk.tick()
+    assert desk.wire.published == []
+    desk.wire.takes = True
+    desk.desk.tick()
+    desk.desk.tick()
+    assert [(correlation, result.id) for correlation, result in desk.wire.published] == [(b"a", b"1"), (b"b", b"2")]
+
+
+def test_answer_that_a_connection_loses_is_sent_on_the_next(desk):
+    """One that was refused for ever is not: it would be again."""
+    desk.wire.send(order())
+    desk.wire.pending.pop()(LinkError("the connection ended"))
+    assert len(desk.wire.published) == 1
+    for hook in desk.wire.hooks:
+        hook()
+    assert len(desk.wire.published) == 2
+    desk.wire.pending.pop()(LinkError("not authorized", permanent=True))
+    desk.desk.tick()
+    assert len(desk.wire.published) == 2
+
+
+def test_kept_answers_are_bounded(desk):
+    """The newest stay: whoever sent the others has given up."""
+    desk.wire.takes = False
+    for number in range(100):
+        desk.wire.send(order(number.to_bytes(2, "big")))
+    desk.wire.takes = True
+    desk.desk.tick()
+    assert [result.id for _, result in desk.wire.published] == [n.to_bytes(2, "big") for n in range(36, 100)]

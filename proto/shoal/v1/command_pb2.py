@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16shoal/v1/command.proto\x12\x08shoal.v1\"B\n\x05Label\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x0c\x12\x0b\n\x03seq\x18\x03 \x01(\x04\x12\r\n\x05label\x18\x04 \x01(\r\"\r\n\x0bReportState\"c\n\tAddLabels\x12%\n\x06source\x18\x01 \x01(\x0e\x32\x15.shoal.v1.LabelSource\x12\x0e\n\x06\x61uthor\x18\x02 \x01(\t\x12\x1f\n\x06labels\x18\x03 \x03(\x0b\x32\x0f.shoal.v1.Label\"\x1c\n\x0bRunPipeline\x12\r\n\x05model\x18\x01 \x01(\t\"\xd5\x01\n\x07\x43ommand\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\x14\n\x0cissued_at_us\x18\x02 \x01(\x03\x12\x15\n\rexpires_at_us\x18\x03 \x01(\x03\x12-\n\x0creport_state\x18\x04 \x01(\x0b\x32\x15.shoal.v1.ReportStateH\x00\x12)\n\nadd_labels\x18\x05 \x01(\x0b\x32\x13.shoal.v1.AddLabelsH\x00\x12-\n\x0crun_pipeline\x18\x06 \x01(\x0b\x32\x15.shoal.v1.RunPipelineH\x00\x42\x08\n\x06\x61\x63tion\"U\n\rCommandResult\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\'\n\x06status\x18\x02 \x01(\x0e\x32\x17.shoal.v1.CommandStatus\x12\x0f\n\x07message\x18\x03 \x01(\t*|\n\x0bLabelSource\x12\x1c\n\x18LABEL_SOURCE_UNSPECIFIED\x10\x00\x12\x17\n\x13LABEL_SOURCE_PERSON\x10\x01\x12\x18\n\x14LABEL_SOURCE_TEACHER\x10\x02\x12\x1c\n\x18LABEL_SOURCE_WITH_SAMPLE\x10\x03*\x80\x01\n\rCommandStatus\x12\x1e\n\x1a\x43OMMAND_STATUS_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43OMMAND_STATUS_DONE\x10\x01\x12\x1a\n\x16\x43OMMAND_STATUS_REFUSED\x10\x02\x12\x1a\n\x16\x43OMMAND_STATUS_EXPIRED\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16shoal/v1/command.proto\x12\x08shoal.v1\"B\n\x05Label\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x0c\x12\x0b\n\x03seq\x18\x03 \x01(\x04\x12\r\n\x05label\x18\x04 \x01(\r\"\r\n\x0bReportState\"c\n\tAddLabels\x12%\n\x06source\x18\x01 \x01(\x0e\x32\x15.shoal.v1.LabelSource\x12\x0e\n\x06\x61uthor\x18\x02 \x01(\t\x12\x1f\n\x06labels\x18\x03 \x03(\x0b\x32\x0f.shoal.v1.Label\"\x1c\n\x0bRunPipeline\x12\r\n\x05model\x18\x01 \x01(\t\"\t\n\x07Rebirth\"\x1c\n\x0bSetLogLevel\x12\r\n\x05level\x18\x01 \x01(\t\"c\n\tSetPolicy\x12\x16\n\tmax_share\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x1c\n\x0fscore_threshold\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\x0c\n\n_max_shareB\x12\n\x10_score_threshold\"\n\n\x08Snapshot\"=\n\x0b\x44ropRelease\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07release\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\t\n\x07Restart\"\x0f\n\rReportMetrics\"\x86\x04\n\x07\x43ommand\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\x14\n\x0cissued_at_us\x18\x02 \x01(\x03\x12\x15\n\rexpires_at_us\x18\x03 \x01(\x03\x12-\n\x0creport_state\x18\x04 \x01(\x0b\x32\x15.shoal.v1.ReportStateH\x00\x12)\n\nadd_labels\x18\x05 \x01(\x0b\x32\x13.shoal.v1.AddLabelsH\x00\x12-\n\x0crun_pipeline\x18\x06 \x01(\x0b\x32\x15.shoal.v1.RunPipelineH\x00\x12$\n\x07rebirth\x18\x07 \x01(\x0b\x32\x11.shoal.v1.RebirthH\x00\x12.\n\rset_log_level\x18\x08 \x01(\x0b\x32\x15.shoal.v1.SetLogLevelH\x00\x12)\n\nset_policy\x18\t \x01(\x0b\x32\x13.shoal.v1.SetPolicyH\x00\x12&\n\x08snapshot\x18\n \x01(\x0b\x32\x12.shoal.v1.SnapshotH\x00\x12-\n\x0c\x64rop_release\x18\x0b \x01(\x0b\x32\x15.shoal.v1.DropReleaseH\x00\x12$\n\x07restart\x18\x0c \x01(\x0b\x32\x11.shoal.v1.RestartH\x00\x12\x31\n\x0ereport_metrics\x18\r \x01(\x0b\x32\x17.shoal.v1.ReportMetricsH\x00\x42\x08\n\x06\x61\x63tion\"U\n\rCommandResult\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\'\n\x06status\x18\x02 \x01(\x0e\x32\x17.shoal.v1.CommandStatus\x12\x0f\n\x07message\x18\x03 \x01(\t*|\n\x0bLabelSource\x12\x1c\n\x18LABEL_SOURCE_UNSPECIFIED\x10\x00\x12\x17\n\x13LABEL_SOURCE_PERSON\x10\x01\x12\x18\n\x14LABEL_SOURCE_TEACHER\x10\x02\x12\x1c\n\x18LABEL_SOURCE_WITH_SAMPLE\x10\x03*\x80\x01\n\rCommandStatus\x12\x1e\n\x1a\x43OMMAND_STATUS_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43OMMAND_STATUS_DONE\x10\x01\x12\x1a\n\x16\x43OMMAND_STATUS_REFUSED\x10\x02\x12\x1a\n\x16\x43OMMAND_STATUS_EXPIRED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shoal.v1.command_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LABELSOURCE']._serialized_start=553
-  _globals['_LABELSOURCE']._serialized_end=677
-  _globals['_COMMANDSTATUS']._serialized_start=680
-  _globals['_COMMANDSTATUS']._serialized_end=808
+  _globals['_LABELSOURCE']._serialized_start=1103
+  _globals['_LABELSOURCE']._serialized_end=1227
+  _globals['_COMMANDSTATUS']._serialized_start=1230
+  _globals['_COMMANDSTATUS']._serialized_end=1358
   _globals['_LABEL']._serialized_start=36
   _globals['_LABEL']._serialized_end=102
   _globals['_REPORTSTATE']._serialized_start=104
@@ -43,8 +43,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ADDLABELS']._serialized_end=218
   _globals['_RUNPIPELINE']._serialized_start=220
   _globals['_RUNPIPELINE']._serialized_end=248
-  _globals['_COMMAND']._serialized_start=251
-  _globals['_COMMAND']._serialized_end=464
-  _globals['_COMMANDRESULT']._serialized_start=466
-  _globals['_COMMANDRESULT']._serialized_end=551
+  _globals['_REBIRTH']._serialized_start=250
+  _globals['_REBIRTH']._serialized_end=259
+  _globals['_SETLOGLEVEL']._serialized_start=261
+  _globals['_SETLOGLEVEL']._serialized_end=289
+  _globals['_SETPOLICY']._serialized_start=291
+  _globals['_SETPOLICY']._serialized_end=390
+  _globals['_SNAPSHOT']._serialized_start=392
+  _globals['_SNAPSHOT']._serialized_end=402
+  _globals['_DROPRELEASE']._serialized_start=404
+  _globals['_DROPRELEASE']._serialized_end=465
+  _globals['_RESTART']._serialized_start=467
+  _globals['_RESTART']._serialized_end=476
+  _globals['_REPORTMETRICS']._serialized_start=478
+  _globals['_REPORTMETRICS']._serialized_end=493
+  _globals['_COMMAND']._serialized_start=496
+  _globals['_COMMAND']._serialized_end=1014
+  _globals['_COMMANDRESULT']._serialized_start=1016
+  _globals['_COMMANDRESULT']._serialized_end=1101
 # @@protoc_insertion_point(module_scope)

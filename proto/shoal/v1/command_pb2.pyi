@@ -61,21 +61,75 @@ class RunPipeline(_message.Message):
     model: str
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
+class Rebirth(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SetLogLevel(_message.Message):
+    __slots__ = ("level",)
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    level: str
+    def __init__(self, level: _Optional[str] = ...) -> None: ...
+
+class SetPolicy(_message.Message):
+    __slots__ = ("max_share", "score_threshold")
+    MAX_SHARE_FIELD_NUMBER: _ClassVar[int]
+    SCORE_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    max_share: float
+    score_threshold: float
+    def __init__(self, max_share: _Optional[float] = ..., score_threshold: _Optional[float] = ...) -> None: ...
+
+class Snapshot(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DropRelease(_message.Message):
+    __slots__ = ("model", "release", "reason")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    release: int
+    reason: str
+    def __init__(self, model: _Optional[str] = ..., release: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class Restart(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ReportMetrics(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class Command(_message.Message):
-    __slots__ = ("id", "issued_at_us", "expires_at_us", "report_state", "add_labels", "run_pipeline")
+    __slots__ = ("id", "issued_at_us", "expires_at_us", "report_state", "add_labels", "run_pipeline", "rebirth", "set_log_level", "set_policy", "snapshot", "drop_release", "restart", "report_metrics")
     ID_FIELD_NUMBER: _ClassVar[int]
     ISSUED_AT_US_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_US_FIELD_NUMBER: _ClassVar[int]
     REPORT_STATE_FIELD_NUMBER: _ClassVar[int]
     ADD_LABELS_FIELD_NUMBER: _ClassVar[int]
     RUN_PIPELINE_FIELD_NUMBER: _ClassVar[int]
+    REBIRTH_FIELD_NUMBER: _ClassVar[int]
+    SET_LOG_LEVEL_FIELD_NUMBER: _ClassVar[int]
+    SET_POLICY_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    DROP_RELEASE_FIELD_NUMBER: _ClassVar[int]
+    RESTART_FIELD_NUMBER: _ClassVar[int]
+    REPORT_METRICS_FIELD_NUMBER: _ClassVar[int]
     id: bytes
     issued_at_us: int
     expires_at_us: int
     report_state: ReportState
     add_labels: AddLabels
     run_pipeline: RunPipeline
-    def __init__(self, id: _Optional[bytes] = ..., issued_at_us: _Optional[int] = ..., expires_at_us: _Optional[int] = ..., report_state: _Optional[_Union[ReportState, _Mapping]] = ..., add_labels: _Optional[_Union[AddLabels, _Mapping]] = ..., run_pipeline: _Optional[_Union[RunPipeline, _Mapping]] = ...) -> None: ...
+    rebirth: Rebirth
+    set_log_level: SetLogLevel
+    set_policy: SetPolicy
+    snapshot: Snapshot
+    drop_release: DropRelease
+    restart: Restart
+    report_metrics: ReportMetrics
+    def __init__(self, id: _Optional[bytes] = ..., issued_at_us: _Optional[int] = ..., expires_at_us: _Optional[int] = ..., report_state: _Optional[_Union[ReportState, _Mapping]] = ..., add_labels: _Optional[_Union[AddLabels, _Mapping]] = ..., run_pipeline: _Optional[_Union[RunPipeline, _Mapping]] = ..., rebirth: _Optional[_Union[Rebirth, _Mapping]] = ..., set_log_level: _Optional[_Union[SetLogLevel, _Mapping]] = ..., set_policy: _Optional[_Union[SetPolicy, _Mapping]] = ..., snapshot: _Optional[_Union[Snapshot, _Mapping]] = ..., drop_release: _Optional[_Union[DropRelease, _Mapping]] = ..., restart: _Optional[_Union[Restart, _Mapping]] = ..., report_metrics: _Optional[_Union[ReportMetrics, _Mapping]] = ...) -> None: ...
 
 class CommandResult(_message.Message):
     __slots__ = ("id", "status", "message")

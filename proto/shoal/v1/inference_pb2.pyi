@@ -15,6 +15,7 @@ class AskReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ASK_REASON_SCORE: _ClassVar[AskReason]
     ASK_REASON_NO_MODEL: _ClassVar[AskReason]
     ASK_REASON_AUDIT: _ClassVar[AskReason]
+    ASK_REASON_COMMAND: _ClassVar[AskReason]
 
 class Status(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -29,6 +30,7 @@ ASK_REASON_UNSPECIFIED: AskReason
 ASK_REASON_SCORE: AskReason
 ASK_REASON_NO_MODEL: AskReason
 ASK_REASON_AUDIT: AskReason
+ASK_REASON_COMMAND: AskReason
 STATUS_UNSPECIFIED: Status
 STATUS_OK: Status
 STATUS_INVALID_ARGUMENT: Status

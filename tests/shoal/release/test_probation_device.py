@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from device_agent.actions import Actions
 from device_agent.config import DeviceConfig
 from device_agent.device import Device
 from device_agent.readings import Reading
@@ -20,6 +21,7 @@ from shoal.routes import Route
 from shoal.scoring import score_rows
 from shoal.tensors import to_tensor
 from shoal.v1 import release_pb2 as pb
+from shoal.v1.command_pb2 import DropRelease
 from shoal.v1.node_pb2 import SlotPhase
 from shoal.v1.sensor_pb2 import TIME_QUALITY_SUSPECT, TIME_QUALITY_SYNCED
 from tests.shoal.release.conftest import MODEL, InlineDisk, InlineSelfTest, NodeLink
@@ -195,6 +197,18 @@ def test_good_model_is_confirmed_on_drifted_readings(sensor, cloud, detector):
     assert (model.release, model.phase, model.refused_release) == (2, SlotPhase.SLOT_PHASE_CONFIRMED, 0)
     assert model.answers > 100
     assert model.HasField("divergence_ppm")
+
+
+def test_release_that_a_command_drops_goes_back_for_good(sensor, cloud, detector):
+    """Pins `drop_release` on real slots: the release before it returns, and the plan is not followed again."""
+    cloud.ship(another(detector), parent=1, spec=spec_of(detector, parent=1))
+    sensor.run(25.0)
+    assert (sensor.model.release, sensor.model.phase) == (2, SlotPhase.SLOT_PHASE_CONFIRMED)
+    drop = Actions(sensor.device, sensor.updates, lambda: None).table()["drop_release"]
+    assert drop(DropRelease(model=MODEL, release=2, reason="alarms")) == "release 2 is refused; 1 runs"
+    sensor.run(25.0)
+    state = sensor.model
+    assert (state.release, state.refused_release, state.refused_reason) == (1, 2, "dropped: alarms")
 
 
 def test_broken_sensor_is_not_the_models_fault(sensor, cloud, detector):
