@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from device_agent.actions import Actions
+from device_agent.answers import Answers, LineWriter, Result, StdoutAnswers
 from device_agent.change import ChangeSettings, DeadBandSettings
 from device_agent.config import DeviceConfig
 from device_agent.device import Device
@@ -60,6 +61,7 @@ class AgentSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data_dir: str
     trusted_root: str
     source: SourceSettings | None = None
+    answers: StdoutAnswers | None = None
     runtime: RuntimeKind = RuntimeKind.AUTO
     broker: BrokerSettings = msgspec.field(default_factory=BrokerSettings)
     change: ChangeSettings = msgspec.field(default_factory=DeadBandSettings)
@@ -132,6 +134,19 @@ class _Intake:
         self.is_dry = True
 
 
+class _Ending:
+    """Ends the loop on command, so that the process can be started again."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.wants_restart = False
+        self._loop = loop
+
+    def restart(self) -> None:
+        self.wants_restart = True
+        # By then the answer to the command is with the broker.
+        self._loop.call_at(self._loop.clock() + _GOODBYE_S, lambda _: self._loop.stop())
+
+
 class Agent:
     """One device as a process, or part of an application's.
 
@@ -140,7 +155,8 @@ class Agent:
         source: where readings come from: a `Source`, or a function to call `rate_hz` times a second; by default the
             settings' own.
         rate_hz: for a function.
-        on_outcome: hears what became of each reading.
+        on_outcome: hears what became of each reading, step by step.
+        on_result: hears the answers, one final one for each reading that has a new one; by default as the settings say.
     """
 
     def __init__(
@@ -150,10 +166,12 @@ class Agent:
         *,
         rate_hz: float = 1.0,
         on_outcome: Callable[[Outcome], None] = lambda _: None,
+        on_result: Callable[[Result], None] | None = None,
     ) -> None:
         self._settings = settings
         self._source = CallSource(source, rate_hz) if callable(source) else source
         self._on_outcome = on_outcome
+        self._on_result = on_result or (LineWriter() if settings.answers else lambda _: None)
 
     def run(self, *, until_dry: bool = False) -> bool:
         """Serve until SIGINT or SIGTERM, or with `until_dry` until the source has ended and all is answered.
@@ -170,20 +188,21 @@ class Agent:
         rng = random.SystemRandom()
         broker = link_config(settings.broker, session_expiry_s=_SESSION_EXPIRY_S)
         source = self._source or _own_source(settings, broker, rng)
-        wants_restart = False
         # Whatever ends the agent, what it has read is committed.
         with ExitStack() as closing:
             loop = Loop()
             closing.callback(loop.close)
             link = Link(broker, identity)
             closing.callback(link.close)
-            hold = Hold(settings.outbox_hold_s, settings.outbox_hold_items) if settings.outbox_hold_s else None
-            limits = Limits(settings.outbox_items, settings.outbox_bytes)
-            outbox = Outbox(directory / "outbox.sqlite", limits, hold=hold)
+            outbox = _open_outbox(settings, directory)
             closing.callback(outbox.close)
-            device = Device(
-                settings.device_config(), link, outbox, rng=rng, clock=loop.clock, on_outcome=self._on_outcome
-            )
+            answers = Answers(settings.answer_within_ms / 1000, self._on_result)
+
+            def hear(outcome: Outcome) -> None:
+                self._on_outcome(outcome)
+                answers.hear(outcome, loop.clock())
+
+            device = Device(settings.device_config(), link, outbox, rng=rng, clock=loop.clock, on_outcome=hear)
 
             def activate(model: str, spec: ReleaseSpec, path: Path) -> None:
                 device.activate(model, spec, path)
@@ -217,27 +236,27 @@ class Agent:
             def tick(now: float) -> None:
                 outbox.commit_due(now, is_connected=link.connected)
                 device.tick(now)
+                answers.tick(now)
 
             loop.call_every(_TICK_S, tick)
-
-            def restart() -> None:
-                nonlocal wants_restart
-                wants_restart = True
-                # By then the answer to the command is with the broker.
-                loop.call_at(loop.clock() + _GOODBYE_S, lambda _: loop.stop())
-
-            device.actions.update(Actions(device, updates, restart).table())
+            ending = _Ending(loop)
+            device.actions.update(Actions(device, updates, ending.restart).table())
             service = _start_notifying(loop)
             with loop.stopping_on_signals():
                 loop.run(until=lambda: until_dry and intake.is_dry and not outbox.owed)
             service.tell(STOPPING)
             updates.excuse_start()
-        return wants_restart
+        return ending.wants_restart
 
 
 def run(settings: AgentSettings, *, until_dry: bool = False) -> bool:
     """Run an agent on its settings alone; see `Agent.run`."""
     return Agent(settings).run(until_dry=until_dry)
+
+
+def _open_outbox(settings: AgentSettings, directory: Path) -> Outbox:
+    hold = Hold(settings.outbox_hold_s, settings.outbox_hold_items) if settings.outbox_hold_s else None
+    return Outbox(directory / "outbox.sqlite", Limits(settings.outbox_items, settings.outbox_bytes), hold=hold)
 
 
 def _start_notifying(loop: Loop) -> Notifier:

@@ -229,9 +229,8 @@ class Device:
     def _hear(self, row: pb.RowReply, latency_s: float) -> None:
         answer = row.answer
         label = answer.label if answer.HasField("label") else None
-        self._on_outcome(
-            Outcome(row.seq, "", AnsweredBy.GATEWAY, answer.release, answer.score, label, "answered", latency_s)
-        )
+        by = AnsweredBy.CACHE if answer.from_cache else AnsweredBy.GATEWAY
+        self._on_outcome(Outcome(row.seq, "", by, answer.release, answer.score, label, "answered", latency_s))
 
     def snapshot(self) -> None:
         """Ask about the next reading, whatever it is."""

@@ -26,8 +26,14 @@ class Reading:
 class AnsweredBy(Enum):
     DEVICE = "device"
     GATEWAY = "gateway"
+    # The gateway's too, which had answered the same reading before.
+    CACHE = "cache"
     # Nothing changed, or no model: there is no new answer.
     NOBODY = "nobody"
+
+    @property
+    def is_gateways(self) -> bool:
+        return self in (AnsweredBy.GATEWAY, AnsweredBy.CACHE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,7 +115,7 @@ _EXAMPLES: Mapping[str, object] = MappingProxyType(
         "tls_key": "/etc/shoal/device.key",
     }
 )
-_TABLES = ("broker", "change", "source")
+_TABLES = ("broker", "change", "source", "answers")
 
 
 def render(chosen: Mapping[str, str], broker: str, source: str) -> str:
@@ -126,6 +126,8 @@ def render(chosen: Mapping[str, str], broker: str, source: str) -> str:
     lines += ["# Other kinds of change detector: docs/devices.md", "[change]", 'kind = "dead_band"']
     lines += _entries(DeadBandSettings, CHANGE_MEANINGS, {})
     lines += ["[source]", f"kind = {_toml(source)}", *_entries(SOURCES[source], SOURCE_MEANINGS[source], {}, source)]
+    lines += ["# For applications on this device: one JSON object for each answer, on standard output", "# [answers]"]
+    lines += ['# kind = "stdout"']
     return "\n".join(lines).rstrip() + "\n"
 
 

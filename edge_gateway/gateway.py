@@ -268,6 +268,8 @@ class Gateway:
 
     def _answer(self, row: Row, served: ServedModel, scored: Scored) -> None:
         answer = pb.Answer(release=served.release, score=scored.score, label=scored.label, outputs=scored.outputs)
+        if scored.from_cache:
+            answer.from_cache = True
         sample = sample_of(row, served, scored)
         if sample is None:
             row.request.answer(row.place, answer, promised=False)

@@ -29,6 +29,7 @@ class Scored(NamedTuple):
     score: float
     label: int | None
     outputs: tuple[Tensor, ...] = ()
+    from_cache: bool = False
 
 
 class BeyondScaleError(PayloadError):

@@ -135,7 +135,7 @@ class Lanes:
             hits, misses = self._cache.split(
                 served.digest, parse_rows(opened, request, served.values, size_bytes=size_bytes)
             )
-            self._known += [(row, served, scored) for row, scored in hits]
+            self._known += [(row, served, scored._replace(from_cache=True)) for row, scored in hits]
             for row in misses:
                 lane.batcher.add(opened.device, row, opened.arrived, replay=request.replay)
 

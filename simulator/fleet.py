@@ -19,7 +19,7 @@ from device_agent.change import ChangeSettings, DeadBandSettings
 from device_agent.config import DeviceConfig
 from device_agent.device import Device
 from device_agent.policy import PolicyConfig
-from device_agent.readings import AnsweredBy, Outcome, Reading
+from device_agent.readings import Outcome, Reading
 from device_agent.runtime import runtime_name
 from shoal.config import BrokerSettings, link_config
 from shoal.delivery.outbox import Limits, Outbox, lane_by_device
@@ -219,7 +219,7 @@ class Fleet:
 
     def _heard(self, node: str, waiting: dict[int, SimReading], outcome: Outcome) -> None:
         """Take down a gateway's answer; what was asked before this process started is in another file."""
-        truth = waiting.pop(outcome.seq, None) if outcome.by is AnsweredBy.GATEWAY else None
+        truth = waiting.pop(outcome.seq, None) if outcome.by.is_gateways else None
         if truth is not None:
             self._write("reply", node, truth, outcome, "")
 

@@ -26,25 +26,25 @@ from shoal.v1 import sensor_pb2 as shoal_dot_v1_dot_sensor__pb2
 from shoal.v1 import tensor_pb2 as shoal_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18shoal/v1/inference.proto\x12\x08shoal.v1\x1a\x15shoal/v1/sensor.proto\x1a\x15shoal/v1/tensor.proto\"i\n\x06\x41nswer\x12\x0f\n\x07release\x18\x01 \x01(\r\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x12\n\x05label\x18\x03 \x01(\rH\x00\x88\x01\x01\x12!\n\x07outputs\x18\x04 \x03(\x0b\x32\x10.shoal.v1.TensorB\x08\n\x06_label\"\x83\x01\n\x0cInferenceRow\x12%\n\x07reading\x18\x01 \x01(\x0b\x32\x14.shoal.v1.SensorData\x12#\n\x06reason\x18\x02 \x01(\x0e\x32\x13.shoal.v1.AskReason\x12\'\n\rdevice_answer\x18\x03 \x01(\x0b\x32\x10.shoal.v1.Answer\"\xbc\x01\n\x10InferenceRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x0c\x12\r\n\x05model\x18\x03 \x01(\t\x12$\n\x04rows\x18\x04 \x03(\x0b\x32\x16.shoal.v1.InferenceRow\x12\x18\n\x10\x61nswer_within_ms\x18\x05 \x01(\r\x12\x13\n\x0b\x61nswer_only\x18\x06 \x01(\x08\x12\x0e\n\x06replay\x18\x07 \x01(\x08\x12\x15\n\rwants_outputs\x18\x08 \x01(\x08\"\x94\x01\n\x08RowReply\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12 \n\x06status\x18\x02 \x01(\x0e\x32\x10.shoal.v1.Status\x12 \n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x10.shoal.v1.Answer\x12\x17\n\x0fsample_promised\x18\x04 \x01(\x08\x12\r\n\x05\x66ield\x18\x05 \x01(\t\x12\x0f\n\x07message\x18\x06 \x01(\t\"P\n\x0eInferenceReply\x12\r\n\x05\x65poch\x18\x01 \x01(\x0c\x12\r\n\x05model\x18\x02 \x01(\t\x12 \n\x04rows\x18\x03 \x03(\x0b\x32\x12.shoal.v1.RowReply*\x84\x01\n\tAskReason\x12\x1a\n\x16\x41SK_REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10\x41SK_REASON_SCORE\x10\x01\x12\x17\n\x13\x41SK_REASON_NO_MODEL\x10\x02\x12\x14\n\x10\x41SK_REASON_AUDIT\x10\x03\x12\x16\n\x12\x41SK_REASON_COMMAND\x10\x04*\xb4\x01\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\r\n\tSTATUS_OK\x10\x01\x12\x1b\n\x17STATUS_INVALID_ARGUMENT\x10\x02\x12\x14\n\x10STATUS_NOT_FOUND\x10\x03\x12\x1d\n\x19STATUS_RESOURCE_EXHAUSTED\x10\x04\x12\x1c\n\x18STATUS_DEADLINE_EXCEEDED\x10\x05\x12\x13\n\x0fSTATUS_INTERNAL\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18shoal/v1/inference.proto\x12\x08shoal.v1\x1a\x15shoal/v1/sensor.proto\x1a\x15shoal/v1/tensor.proto\"}\n\x06\x41nswer\x12\x0f\n\x07release\x18\x01 \x01(\r\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x12\n\x05label\x18\x03 \x01(\rH\x00\x88\x01\x01\x12!\n\x07outputs\x18\x04 \x03(\x0b\x32\x10.shoal.v1.Tensor\x12\x12\n\nfrom_cache\x18\x05 \x01(\x08\x42\x08\n\x06_label\"\x83\x01\n\x0cInferenceRow\x12%\n\x07reading\x18\x01 \x01(\x0b\x32\x14.shoal.v1.SensorData\x12#\n\x06reason\x18\x02 \x01(\x0e\x32\x13.shoal.v1.AskReason\x12\'\n\rdevice_answer\x18\x03 \x01(\x0b\x32\x10.shoal.v1.Answer\"\xbc\x01\n\x10InferenceRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x0c\x12\r\n\x05model\x18\x03 \x01(\t\x12$\n\x04rows\x18\x04 \x03(\x0b\x32\x16.shoal.v1.InferenceRow\x12\x18\n\x10\x61nswer_within_ms\x18\x05 \x01(\r\x12\x13\n\x0b\x61nswer_only\x18\x06 \x01(\x08\x12\x0e\n\x06replay\x18\x07 \x01(\x08\x12\x15\n\rwants_outputs\x18\x08 \x01(\x08\"\x94\x01\n\x08RowReply\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12 \n\x06status\x18\x02 \x01(\x0e\x32\x10.shoal.v1.Status\x12 \n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x10.shoal.v1.Answer\x12\x17\n\x0fsample_promised\x18\x04 \x01(\x08\x12\r\n\x05\x66ield\x18\x05 \x01(\t\x12\x0f\n\x07message\x18\x06 \x01(\t\"P\n\x0eInferenceReply\x12\r\n\x05\x65poch\x18\x01 \x01(\x0c\x12\r\n\x05model\x18\x02 \x01(\t\x12 \n\x04rows\x18\x03 \x03(\x0b\x32\x12.shoal.v1.RowReply*\x84\x01\n\tAskReason\x12\x1a\n\x16\x41SK_REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10\x41SK_REASON_SCORE\x10\x01\x12\x17\n\x13\x41SK_REASON_NO_MODEL\x10\x02\x12\x14\n\x10\x41SK_REASON_AUDIT\x10\x03\x12\x16\n\x12\x41SK_REASON_COMMAND\x10\x04*\xb4\x01\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\r\n\tSTATUS_OK\x10\x01\x12\x1b\n\x17STATUS_INVALID_ARGUMENT\x10\x02\x12\x14\n\x10STATUS_NOT_FOUND\x10\x03\x12\x1d\n\x19STATUS_RESOURCE_EXHAUSTED\x10\x04\x12\x1c\n\x18STATUS_DEADLINE_EXCEEDED\x10\x05\x12\x13\n\x0fSTATUS_INTERNAL\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shoal.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ASKREASON']._serialized_start=750
-  _globals['_ASKREASON']._serialized_end=882
-  _globals['_STATUS']._serialized_start=885
-  _globals['_STATUS']._serialized_end=1065
+  _globals['_ASKREASON']._serialized_start=770
+  _globals['_ASKREASON']._serialized_end=902
+  _globals['_STATUS']._serialized_start=905
+  _globals['_STATUS']._serialized_end=1085
   _globals['_ANSWER']._serialized_start=84
-  _globals['_ANSWER']._serialized_end=189
-  _globals['_INFERENCEROW']._serialized_start=192
-  _globals['_INFERENCEROW']._serialized_end=323
-  _globals['_INFERENCEREQUEST']._serialized_start=326
-  _globals['_INFERENCEREQUEST']._serialized_end=514
-  _globals['_ROWREPLY']._serialized_start=517
-  _globals['_ROWREPLY']._serialized_end=665
-  _globals['_INFERENCEREPLY']._serialized_start=667
-  _globals['_INFERENCEREPLY']._serialized_end=747
+  _globals['_ANSWER']._serialized_end=209
+  _globals['_INFERENCEROW']._serialized_start=212
+  _globals['_INFERENCEROW']._serialized_end=343
+  _globals['_INFERENCEREQUEST']._serialized_start=346
+  _globals['_INFERENCEREQUEST']._serialized_end=534
+  _globals['_ROWREPLY']._serialized_start=537
+  _globals['_ROWREPLY']._serialized_end=685
+  _globals['_INFERENCEREPLY']._serialized_start=687
+  _globals['_INFERENCEREPLY']._serialized_end=767
 # @@protoc_insertion_point(module_scope)

@@ -40,16 +40,18 @@ STATUS_DEADLINE_EXCEEDED: Status
 STATUS_INTERNAL: Status
 
 class Answer(_message.Message):
-    __slots__ = ("release", "score", "label", "outputs")
+    __slots__ = ("release", "score", "label", "outputs", "from_cache")
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     LABEL_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    FROM_CACHE_FIELD_NUMBER: _ClassVar[int]
     release: int
     score: float
     label: int
     outputs: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]
-    def __init__(self, release: _Optional[int] = ..., score: _Optional[float] = ..., label: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ...) -> None: ...
+    from_cache: bool
+    def __init__(self, release: _Optional[int] = ..., score: _Optional[float] = ..., label: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., from_cache: _Optional[bool] = ...) -> None: ...
 
 class InferenceRow(_message.Message):
     __slots__ = ("reading", "reason", "device_answer")
