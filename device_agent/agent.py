@@ -16,6 +16,7 @@ from device_agent.change import ChangeSettings, DeadBandSettings
 from device_agent.config import DeviceConfig
 from device_agent.device import Device
 from device_agent.memory import give_back
+from device_agent.metrics_server import MetricsServer
 from device_agent.notify import ALIVE, READY, STOPPING, Notifier
 from device_agent.policy import PolicyConfig
 from device_agent.readings import Outcome, Reading
@@ -80,6 +81,7 @@ class AgentSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     outbox_hold_items: _Count = 256
     state_interval_s: Annotated[float, Meta(gt=0, le=MAX_INTERVAL_S)] = 60.0
     probation_s: Annotated[float, Meta(ge=0)] = 10.0
+    metrics_address: str = ""
 
     def __post_init__(self) -> None:
         self.policy_config()  # what contradicts itself is found while the file is read
@@ -222,6 +224,8 @@ class Agent:
                 counters=link.counters,
             )
             closing.callback(updates.close)
+            if settings.metrics_address:
+                closing.callback(MetricsServer(loop, settings.metrics_address, device.metrics).close)
             device.model_states = updates.state
             device.timekeeper = _make_timekeeper(directory)
             device.clock_suspect = lambda: updates.clock_suspect

@@ -40,6 +40,7 @@ MEANINGS: Mapping[str, str] = MappingProxyType(
         "outbox_hold_items": "at most so many of them",
         "state_interval_s": "how often the device reports itself, at least",
         "probation_s": "how long a new model is watched at least; at most it is ten times as long",
+        "metrics_address": "host:port where Prometheus may read /metrics; empty opens none",
     }
 )
 BROKER_MEANINGS: Mapping[str, str] = MappingProxyType(
