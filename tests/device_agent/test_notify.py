@@ -3,10 +3,12 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -141,3 +143,23 @@ def test_log_line_is_one_object():
 def test_password_is_in_no_representation():
     """Pins that whoever logs a connection's settings logs no secret."""
     assert "hunter2" not in repr(LinkConfig("h", password="hunter2"))
+
+
+UNIT = Path(__file__).parents[2] / "deploy" / "systemd" / "shoal-device.service"
+
+
+def test_unit_asks_for_what_the_agent_does(tmp_path):
+    """Pins the service's file against the agent: notified, watched, not started again after a mistake, and valid."""
+    lines = UNIT.read_text().splitlines()
+    wanted = ["Type=notify", "RestartPreventExitStatus=2", "RestartForceExitStatus=75", "DynamicUser=yes"]
+    assert [line for line in wanted if line not in lines] == []
+    limits = dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+    assert {"WatchdogSec", "MemoryMax", "CPUQuota", "SystemCallFilter", "RestrictAddressFamilies"} <= limits.keys()
+    assert limits["ExecStart"].endswith("shoal device run --config /etc/shoal/agent.toml")
+    analyze = shutil.which("systemd-analyze")
+    if analyze is None:
+        pytest.skip("left out: needs systemd-analyze")
+    copy = tmp_path / UNIT.name
+    copy.write_text(UNIT.read_text().replace("/opt/shoal/bin/shoal device run", "/bin/true"))
+    done = subprocess.run([analyze, "verify", copy], capture_output=True, text=True, check=False)
+    assert (done.returncode, copy.name in done.stderr) == (0, False), done.stderr
