@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from device_agent.actions import Actions
 from device_agent.answers import Answers, LineWriter, Result, StdoutAnswers
+from device_agent.answers_topic import MqttAnswers, TopicWriter
 from device_agent.change import ChangeSettings, DeadBandSettings
 from device_agent.config import DeviceConfig
 from device_agent.device import Device
@@ -62,7 +63,7 @@ class AgentSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data_dir: str
     trusted_root: str
     source: SourceSettings | None = None
-    answers: StdoutAnswers | None = None
+    answers: StdoutAnswers | MqttAnswers | None = None
     runtime: RuntimeKind = RuntimeKind.AUTO
     broker: BrokerSettings = msgspec.field(default_factory=BrokerSettings)
     change: ChangeSettings = msgspec.field(default_factory=DeadBandSettings)
@@ -173,7 +174,7 @@ class Agent:
         self._settings = settings
         self._source = CallSource(source, rate_hz) if callable(source) else source
         self._on_outcome = on_outcome
-        self._on_result = on_result or (LineWriter() if settings.answers else lambda _: None)
+        self._on_result = on_result
 
     def run(self, *, until_dry: bool = False) -> bool:
         """Serve until SIGINT or SIGTERM, or with `until_dry` until the source has ended and all is answered.
@@ -198,7 +199,7 @@ class Agent:
             closing.callback(link.close)
             outbox = _open_outbox(settings, directory)
             closing.callback(outbox.close)
-            answers = Answers(settings.answer_within_ms / 1000, self._on_result)
+            answers = Answers(settings.answer_within_ms / 1000, self._teller(loop, closing, rng))
 
             def hear(outcome: Outcome) -> None:
                 self._on_outcome(outcome)
@@ -251,6 +252,21 @@ class Agent:
             service.tell(STOPPING)
             updates.excuse_start()
         return ending.wants_restart
+
+    def _teller(self, loop: Loop, closing: ExitStack, rng: random.Random) -> Callable[[Result], None]:
+        """Who hears the answers: the application, or whoever the settings say."""
+        if self._on_result is not None:
+            return self._on_result
+        match self._settings.answers:
+            case StdoutAnswers():
+                return LineWriter()
+            case MqttAnswers() as chosen:
+                writer = TopicWriter(chosen, self._settings.node, rng)
+                writer.attach(loop)
+                closing.callback(writer.close)
+                return writer
+            case None:
+                return lambda _: None
 
 
 def run(settings: AgentSettings, *, until_dry: bool = False) -> bool:

@@ -127,8 +127,9 @@ def render(chosen: Mapping[str, str], broker: str, source: str) -> str:
     lines += ["# Other kinds of change detector: docs/devices.md", "[change]", 'kind = "dead_band"']
     lines += _entries(DeadBandSettings, CHANGE_MEANINGS, {})
     lines += ["[source]", f"kind = {_toml(source)}", *_entries(SOURCES[source], SOURCE_MEANINGS[source], {}, source)]
-    lines += ["# For applications on this device: one JSON object for each answer, on standard output", "# [answers]"]
-    lines += ['# kind = "stdout"']
+    lines += ["# For applications on this device: one JSON object for each answer, on standard output; or with", "#"]
+    lines += ['#     kind = "mqtt"', '#     topic = "answers/camera"', '#     broker = "mqtt://127.0.0.1:1883"', "#"]
+    lines += ["# on a topic of a broker, this device's own by default", "# [answers]", '# kind = "stdout"']
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -2,12 +2,20 @@
 
 import json
 import os
+import random
 import subprocess
+import threading
 
 import pytest
+from paho.mqtt.client import Client
+from paho.mqtt.enums import CallbackAPIVersion
 
 from device_agent.answers import Answers, LineWriter, Result
+from device_agent.answers_topic import MqttAnswers, TopicWriter
 from device_agent.readings import AnsweredBy, Outcome
+from shoal.errors import ConfigError
+from shoal.link_config import parse_broker_url
+from shoal.loop import Loop
 from shoal.v1 import inference_pb2 as pb
 from tests.device_agent.test_agent import ROWS, command, config, environment, gateway  # noqa: F401  fixtures
 
@@ -125,3 +133,48 @@ def test_agent_prints_results_for_programs(config, gateway):  # noqa: F811
     results = [json.loads(line) for line in lines]
     assert sorted(result["reference"] for result in results) == [f"readings:{row}" for row in range(1, ROWS + 1)]
     assert {(result["by"], result["is_late"]) for result in results} == {("gateway", False)}
+
+
+def test_agent_publishes_results_on_a_topic_of_the_device(config, gateway, broker):  # noqa: F811
+    """Pins `kind = "mqtt"`: an application that subscribes hears the same objects."""
+    address = parse_broker_url(broker.url)
+    peer = gateway()
+    topic = f"answers/{peer.site}"
+    heard = []
+    listener = Client(CallbackAPIVersion.VERSION2)
+    subscribed = threading.Event()
+    listener.on_connect = lambda client, *_: client.subscribe(topic)
+    listener.on_subscribe = lambda *_: subscribed.set()
+    listener.on_message = lambda _client, _userdata, message: heard.append(json.loads(message.payload))
+    listener.connect(address.host, address.port)
+    listener.loop_start()
+    assert subscribed.wait(10)
+    # Slowly, so that the agent's client for the answers is there before the last of them.
+    file = config(source={"rate_hz": 1.0})
+    file.write_text(file.read_text() + f'\n[answers]\nkind = "mqtt"\ntopic = "{topic}"\nbroker = "{broker.url}"\n')
+    with subprocess.Popen(command(file), env=environment(), stderr=subprocess.DEVNULL) as agent:
+        peer.until(lambda: bool(heard))
+        agent.terminate()
+    listener.loop_stop()
+    listener.disconnect()
+    assert (heard[0]["by"], heard[0]["is_late"]) == ("gateway", False)
+    assert heard[0]["reference"].startswith("readings:")
+
+
+@pytest.mark.parametrize("topic", ["", "a/+", "#", "shoal/v1/up/x", "$SYS/x"])
+def test_topic_for_answers_is_checked(topic):
+    """Wildcards cannot be published to, and Shoal's own topics have a contract."""
+    with pytest.raises(ConfigError, match="expected a plain topic"):
+        TopicWriter(MqttAnswers(topic), "dev-1", random.Random(1))
+
+
+def test_results_without_a_broker_are_dropped_and_do_not_block():
+    """The agent never waits for whoever listens."""
+    writer = TopicWriter(MqttAnswers("answers", "mqtt://127.0.0.1:1"), "dev-1", random.Random(1))
+    loop = Loop()
+    writer.attach(loop)
+    writer._tick(loop, loop.clock())
+    writer(Result(1, "row:1", AnsweredBy.DEVICE, 1, 0.5, None, 0.0, is_late=False))
+    assert writer.dropped == 1
+    writer.close()
+    loop.close()
