@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
+from cloud.boots import is_boot
 from cloud.sample_store import MAX_SEQ, Fate, SampleStore, StoredLabel, StoredSample
 from shoal.commands import CommandDesk
 from shoal.errors import PayloadError
@@ -23,6 +24,7 @@ from shoal.routes import CLOUD_SITE, Route
 from shoal.tensors import check_epoch, check_identity
 from shoal.v1 import command_pb2
 from shoal.v1.inference_pb2 import Answer
+from shoal.v1.node_pb2 import NodeState
 from shoal.v1.sample_pb2 import Sample, SampleAck, SampleAckGroup, SampleBatch, SampleGroup
 
 log = logging.getLogger(__name__)
@@ -68,6 +70,7 @@ class Ingest:
         self._acks: deque[tuple[_Batch, SampleAck]] = deque()
         CommandDesk(link, CLOUD_SITE, SERVICE, {"add_labels": self.add_labels}, wall_clock)
         link.subscribe(Route.SAMPLE, self._on_batch, group=_GROUP, ack_late=True)
+        link.subscribe(Route.STATE, self._on_state)
 
     def _on_batch(self, delivery: Delivery) -> None:
         message = delivery.message
@@ -81,6 +84,10 @@ class Ingest:
         if self._waiting_samples >= _ENOUGH_SAMPLES:
             self.flush()
             self._link.flush()
+
+    def _on_state(self, delivery: Delivery) -> None:
+        if isinstance(delivery.message, NodeState):
+            self._store.boots.note(delivery.message, int(self._wall_clock() * 1e6), retained=delivery.retained)
 
     def flush(self) -> None:
         """Store everything that has arrived in one transaction, then acknowledge it."""
@@ -177,6 +184,7 @@ def read_group(gateway: str, group: SampleGroup, now_us: int) -> tuple[list[Stor
         except PayloadError as exc:
             bad.append((sample, str(exc)))
             continue
+        has_boot = is_boot(reading.boot_id, reading.since_boot_us)
         good.append(
             StoredSample(
                 device,
@@ -191,6 +199,8 @@ def read_group(gateway: str, group: SampleGroup, now_us: int) -> tuple[list[Stor
                 reading.SerializeToString(deterministic=True),
                 *_said(sample.device_answer if sample.HasField("device_answer") else None),
                 *_said(sample.gateway_answer if sample.HasField("gateway_answer") else None),
+                reading.boot_id if has_boot else None,
+                reading.since_boot_us if has_boot else None,
             )
         )
     return good, bad

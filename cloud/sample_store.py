@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlite_utils import Database
 
+from cloud.boots import Boots
 from cloud.tasks.base import LabelledSamples
 from shoal.errors import PayloadError
 from shoal.tensors import reading_values
@@ -47,6 +48,7 @@ class StoredSample(NamedTuple):
     Attributes:
         reading: a serialised `shoal.v1.SensorData`.
         reason: why the device asked, as the enum's number.
+        boot_id, since_boot_us: where the device doubted its clock: which boot of its machine, and how long after that.
     """
 
     device: str
@@ -65,6 +67,8 @@ class StoredSample(NamedTuple):
     gateway_release: int | None
     gateway_score: float | None
     gateway_label: int | None
+    boot_id: bytes | None = None
+    since_boot_us: int | None = None
 
     @property
     def digest(self) -> bytes:
@@ -102,21 +106,34 @@ _SAMPLE_COLUMNS = {
     "gateway_release": int,
     "gateway_score": float,
     "gateway_label": int,
+    "boot_id": bytes,
+    "since_boot_us": int,
     "digest": bytes,
 }
 _KEY = ("device", "epoch", "seq")
-INSERT_SAMPLE = f"INSERT INTO samples VALUES ({', '.join('?' * len(_SAMPLE_COLUMNS))})"  # noqa: S608  our own names
+INSERT_SAMPLE = (
+    f"INSERT INTO samples ({', '.join(_SAMPLE_COLUMNS)})"  # noqa: S608  our own names
+    f" VALUES ({', '.join('?' * len(_SAMPLE_COLUMNS))})"
+)
 
 
 class SampleStore:
-    """SQLite behind a small interface. One process writes samples, others may read and label."""
+    """SQLite behind a small interface. One process writes samples, others may read and label.
+
+    Attributes:
+        boots: what dates the samples of devices that doubted their clocks.
+    """
 
     def __init__(self, path: Path) -> None:
         connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
         self._db = Database(connection)
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
-        self._db["samples"].create(_SAMPLE_COLUMNS, pk=_KEY, if_not_exists=True)  # type: ignore[union-attr]
+        samples = self._db.table("samples")
+        samples.create(_SAMPLE_COLUMNS, pk=_KEY, if_not_exists=True)
+        for name in ("boot_id", "since_boot_us"):
+            if name not in samples.columns_dict:  # a store of an earlier version
+                samples.add_column(name, _SAMPLE_COLUMNS[name])
         self._db["labels"].create(  # type: ignore[union-attr]
             {
                 "device": str,
@@ -135,6 +152,8 @@ class SampleStore:
             pk="id",
             if_not_exists=True,
         )
+
+        self.boots = Boots(self._db.conn)
 
     def close(self) -> None:
         self._db.conn.close()

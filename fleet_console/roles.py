@@ -127,12 +127,12 @@ def _service(
 
 
 def _ingest(node: Node) -> Rights:
-    samples = topic_filter(Route.SAMPLE)
+    samples, states = topic_filter(Route.SAMPLE), topic_filter(Route.STATE)
     return _service(
         node,
         send=[topic_filter(Route.ACK)],
-        receive=[samples],
-        subscribe=[topic_filter(Route.SAMPLE, group=node.group)],
+        receive=[samples, states],
+        subscribe=[topic_filter(Route.SAMPLE, group=node.group), states],
     )
 
 

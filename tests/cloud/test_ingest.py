@@ -15,8 +15,9 @@ from shoal.loop import Loop
 from shoal.routes import CLOUD_SITE, Route, topic
 from shoal.v1 import command_pb2 as pb
 from shoal.v1.inference_pb2 import ASK_REASON_SCORE, Answer
+from shoal.v1.node_pb2 import NodeState
 from shoal.v1.sample_pb2 import Sample, SampleBatch, SampleGroup
-from shoal.v1.sensor_pb2 import Scalars, SensorData
+from shoal.v1.sensor_pb2 import TIME_QUALITY_SYNCED, Scalars, SensorData
 
 PATIENCE_S = 20.0
 NOW = 1_800_000_000.0
@@ -47,6 +48,12 @@ class WatchedLink(Link):
 
     events: list
     loses_pubacks = False
+    # Those that other tests left retained would be acknowledged among the events of this one.
+    hears_states = False
+
+    def subscribe(self, route, handler, **arguments):
+        if route is not Route.STATE or self.hears_states:
+            super().subscribe(route, handler, **arguments)
 
     def publish(self, route, message, **arguments):
         if route is Route.ACK:
@@ -83,13 +90,14 @@ class Rig:
         self.link = None
         self.start_ingest()
 
-    def start_ingest(self, session_expiry_s=0):
+    def start_ingest(self, session_expiry_s=0, *, hears_states=False):
         if self.link is not None:
             self.link.close()
         self.link = WatchedLink(
             parse_broker_url(self.url, session_expiry_s=session_expiry_s), service_identity("ingest")
         )
         self.link.events = self.events
+        self.link.hears_states = hears_states
         self.ingest = Ingest(self.link, self.store, wall_clock=lambda: NOW)
         self.link.attach(self.loop)
         self.until(lambda: self.link.connected and self.gateway.connected)
@@ -107,7 +115,8 @@ class Rig:
         done = []
         for link in (self.link, self.gateway):
             service = link.identity.client_id
-            state = Route.CLOUD_STATE if link is self.link else Route.STATE
+            # None that ingest itself reads.
+            state = Route.CLOUD_STATE if link is self.link else Route.PRESENCE
             segments = {"service": service} if link is self.link else {"site": self.site, "node": service}
             assert link.publish(state, b"", on_done=done.append, **segments)
         self.until(lambda: len(done) == 2)
@@ -175,6 +184,20 @@ def test_more_batches_than_the_broker_takes_acks_are_all_acknowledged(rig):
     rig.until(lambda: len(rig.acks) == 20)
     assert [list(ack.groups[0].stored) for ack in rig.acks] == [[seq] for seq in range(20)]
     assert rig.events.count("commit") == 1
+
+
+def test_reading_with_a_doubtful_time_is_dated_by_the_state_of_its_boot(rig):
+    """Both come over the broker; what cannot be a boot is left out, and the sample stored all the same."""
+    rig.start_ingest(hears_states=True)
+    doubtful = sample(1)
+    doubtful.reading.boot_id, doubtful.reading.since_boot_us = b"b" * 16, 5_000_000
+    odd = sample(2)
+    odd.reading.boot_id, odd.reading.since_boot_us = b"short", (1 << 64) - 1
+    state = NodeState(boot_id=b"b" * 16, since_boot_us=8_000_000, at_us=NOW_US, time_quality=TIME_QUALITY_SYNCED)
+    rig.send(group(doubtful, odd))
+    assert rig.gateway.publish(Route.STATE, state, site=rig.site, node=GATEWAY)
+    rig.until(lambda: rig.acks and table(rig.store, "boots"))
+    assert [row["dated_at_us"] for row in table(rig.store, "dated_samples")] == [NOW_US - 3_000_000, 5]
 
 
 def test_flood_is_stored_in_parts(rig):

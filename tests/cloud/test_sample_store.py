@@ -133,12 +133,10 @@ def test_first_word_stays_for_every_order_of_deliveries(calls):
 
 def test_every_column_comes_back(store):
     """What was stored is what is there, absent answers included, and the reference of each for reconciling."""
-    stored = sample(seq=MAX_SEQ, received_at_us=9)
+    stored = sample(seq=MAX_SEQ, received_at_us=9, boot_id=EPOCH, since_boot_us=12)
     store.add([stored])
-    answers = (1, 0.5, 3, None, None, None)
-    assert rows(store) == [
-        ("cam-00", EPOCH, MAX_SEQ, "digits", "gw-01", 1, stored.reference, 5, 9, b"reading", *answers, stored.digest)
-    ]
+    said = (1, 0.5, 3, None, None, None, EPOCH, 12, stored.digest)
+    assert rows(store) == [("cam-00", EPOCH, MAX_SEQ, "digits", "gw-01", 1, stored.reference, 5, 9, b"reading", *said)]
     assert list(store.references()) == [("cam-00", EPOCH, MAX_SEQ, stored.reference)]
 
 

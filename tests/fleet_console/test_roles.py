@@ -55,7 +55,7 @@ _MAY_READ = {
     "cam-1": f"reply/own command/own {_MODELS}",
     "gw-1": f"ack/own command/own infer/own infer/peer {_MODELS}",
     "gw-2": f"ack/own command/own infer/peer {_MODELS}",
-    "ingest": "command/own sample/own sample/peer sample/away",
+    "ingest": "command/own sample/own sample/peer sample/away state/own state/peer state/away",
     "publisher": "command/own",
     "trainer": "command/own",
     "controller": "command/own "
