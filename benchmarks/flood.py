@@ -1,6 +1,6 @@
 """What one device that floods does to the others of its gateway, over a real Mosquitto.
 
-    make bench-flood ARGS="--save benchmarks/results/flood.json"
+    make bench-flood ARGS="--rounds 13 --save flood.json"
 
 One gateway process with default settings and the MLP of `make bench-gateway`. All load is open loop, so that a stall is
 charged to every question that it delays. Each round begins with what the gateway can do at the moment: the highest of some

@@ -96,23 +96,25 @@ class Inbox:
         delivery = Delivery(address, payload, None, retained, qos, correlation, response_topic, ack)
         postpone = self._postpone_hooks.get(route)
         if postpone is None or not postpone(delivery):
-            self.handle(delivery)
+            self._handle(entry, delivery)
 
     def handle(self, delivery: Delivery) -> None:
-        """Decode one message and hand it to its handler."""
-        route = delivery.address.route
-        entry = self._handlers[route]
+        """Decode one message that was postponed and hand it to its handler."""
+        self._handle(self._handlers[delivery.address.route], delivery)
+
+    def _handle(self, entry: _Entry, delivery: Delivery) -> None:
+        address, payload, _, retained, qos, correlation, response_topic, ack = delivery
         try:
-            message = _message_of(entry.spec, delivery.payload)
-            entry.handler(delivery if message is None else delivery._replace(message=message))
+            message = _message_of(entry.spec, payload)
+            entry.handler(Delivery(address, payload, message, retained, qos, correlation, response_topic, ack))
         except PayloadError as exc:
-            self._count_bad(route.value, exc)
-            if route in self._bad_hooks:
-                self._bad_hooks[route](delivery, exc)
-            delivery.ack()
+            self._count_bad(address.route.value, exc)
+            if address.route in self._bad_hooks:
+                self._bad_hooks[address.route](delivery, exc)
+            ack()
             return
         if not entry.ack_late:
-            delivery.ack()
+            ack()
 
     def _count_bad(self, where: str, error: PayloadError) -> None:
         self._counters["bad_payloads"] += 1
