@@ -91,6 +91,7 @@ class Gateway:
         self._at_once = 0
         self._arrived_at: float | None = None
         self._ready: deque[OpenRequest] = deque()
+        self._refusals: deque[tuple[Delivery, pb.InferenceReply]] = deque()
         self._promised: list[tuple[Row, pb.Answer]] = []
         self._commit_at = 0.0
         self._forwarder = Forwarder(
@@ -193,9 +194,10 @@ class Gateway:
         """Answer what cannot be parsed, or is not its sender's own; the correlation data says which it was."""
         message = str(error)[:MAX_MESSAGE_CHARS]
         row = pb.RowReply(status=pb.STATUS_INVALID_ARGUMENT, field=error.field, message=message)
-        reply = pb.InferenceReply(rows=[row])
-        sender = delivery.address
-        self.link.publish(Route.REPLY, reply, correlation=delivery.correlation, site=sender.site, node=sender.node)
+        if len(self._refusals) < self.config.max_open:
+            self._refusals.append((delivery, pb.InferenceReply(rows=[row])))
+        else:
+            self.counters["replies.unsent"] += 1
 
     # -- batches and replies -------------------------------------------------------------------------------------------
 
@@ -289,6 +291,15 @@ class Gateway:
         self._promised.clear()
 
     def _reply(self) -> None:
+        while self._refusals:
+            delivery, refusal = self._refusals[0]
+            sender = delivery.address
+            sent = self.link.publish(
+                Route.REPLY, refusal, correlation=delivery.correlation, site=sender.site, node=sender.node
+            )
+            if not sent and self.link.connected:
+                return  # as below
+            self._refusals.popleft()
         now = self._clock()
         while self._ready:
             request = self._ready[0]

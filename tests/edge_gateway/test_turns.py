@@ -128,6 +128,19 @@ def test_malformed_question_is_answered_in_its_turn(gateway):
     assert [status for *_, status in replies(gateway)] == [pb.STATUS_INVALID_ARGUMENT, pb.STATUS_OK]
 
 
+def test_malformed_question_is_answered_when_there_is_room(gateway, monkeypatch):
+    """Samples on their way to the cloud may fill the window; the refusal waits for it as answers do."""
+    name = topic_bytes(Route.INFER, site=SITE, node="cam")
+    with monkeypatch.context() as full:
+        full.setattr(gateway.link, "publish", lambda *_, **__: False)
+        gateway.link.receive(encode_publish(name, b"\xff", qos=1, retain=False, packet_id=7, properties=b""))
+        receive(gateway, "cam", [100])
+        gateway.flush(0.0)
+    assert replies(gateway) == []
+    gateway.flush(0.0)
+    assert [status for *_, status in replies(gateway)] == [pb.STATUS_INVALID_ARGUMENT, pb.STATUS_OK]
+
+
 def test_patience_counts_from_arrival_and_not_from_the_turn(gateway):
     """A question that nobody waits for any more when its turn comes is not run."""
     now = 50.0
