@@ -210,7 +210,7 @@ class Fleet:
             link,
             trust,
             folder / node / "models",
-            [NodeModel(MODEL, pb.TIER_DEVICE, "bench", probation_s=0.0)],
+            [NodeModel(MODEL, pb.TIER_DEVICE, "bench")],
             node=node,
             self_test=TimedSelfTest(self.spent),
             activate=lambda _model, spec, _path: self.active.update([spec.release]),

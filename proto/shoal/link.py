@@ -59,6 +59,14 @@ _MAX_BACKLOG_BYTES = 4 << 20
 # From here on reason codes are failures; those below would be refused again:
 # not authorized, topic name invalid, packet too large, payload format invalid: MQTT 5, section 2.4.
 _REFUSED = 0x80
+# Source: MQTT 5.0, section 3.9.3.
+_REFUSALS = {
+    0x87: "not authorized",
+    0x8F: "topic filter invalid",
+    0x97: "quota exceeded",
+    0x9E: "shared subscriptions not supported",
+    0xA2: "wildcard subscriptions not supported",
+}
 _OPAQUE = publish_properties(OPAQUE_CONTENT_TYPE, None)
 _PERMANENT = frozenset({0x87, 0x90, 0x95, 0x99})
 
@@ -279,6 +287,7 @@ class Link:
             max_packet_bytes=self.config.max_packet_bytes,
             on_publish_received=self._received,
             on_puback=self._published,
+            on_suback=self._subscribed,
         )
         client.connect_timeout = self.config.connect_timeout_s
         if self.config.username:
@@ -293,7 +302,7 @@ class Link:
         client.on_connect = self._connected
         client.on_disconnect = self._disconnected
         client.on_message = self._received_by_paho
-        client.on_subscribe = self._subscribed
+        client.on_subscribe = lambda _c, _u, _mid, reasons, _p: self._subscribed(bytes(one.value for one in reasons))
         return client
 
     def _set_tls(self, client: WireClient, authority: str) -> None:
@@ -437,14 +446,12 @@ class Link:
         if done is not None:
             done(error)
 
-    def _subscribed(
-        self, _client: Client, _userdata: object, _mid: int, reasons: list[ReasonCode], _properties: Properties
-    ) -> None:
+    def _subscribed(self, reasons: bytes) -> None:
         self.is_subscribed = True
-        refused = sum(reason.is_failure for reason in reasons)
+        refused = [_REFUSALS.get(reason, hex(reason)) for reason in reasons if reason >= _REFUSED]
         if refused:
-            self.counters["refused_subscriptions"] += refused
-            log.error("subscriptions refused node=%s reasons=%s", self.identity.client_id, [str(r) for r in reasons])
+            self.counters["refused_subscriptions"] += len(refused)
+            log.error("subscriptions refused node=%s reasons=%s", self.identity.client_id, refused)
 
     # -- small parts ---------------------------------------------------------------------------------------------
 

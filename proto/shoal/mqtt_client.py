@@ -1,6 +1,6 @@
-"""paho's client with PUBLISH and PUBACK taken off its hands.
+"""paho's client with PUBLISH, PUBACK and SUBACK taken off its hands.
 
-paho keeps connection, TLS, keep-alive, subscriptions and every packet that is not the plain case. It reads a packet
+paho keeps connection, TLS, keep-alive, subscribing and every packet that is not the plain case. It reads a packet
 byte by byte from the socket and builds half a dozen objects for each; this reads whatever the socket holds and sends
 whatever a round of the loop produced, one system call each. It leans on private parts of the one paho version that the
 constraints pin; tests/shoal/test_mqtt_client.py fails when they change.
@@ -19,12 +19,15 @@ from shoal.wire import (
     DISCONNECT,
     PUBACK,
     PUBLISH,
+    SUBACK,
+    UNSUBACK,
     MalformedPacketError,
     Puback,
     Publish,
     packet_bounds,
     parse_puback,
     parse_publish,
+    parse_suback,
 )
 
 _READ_BYTES = 256 * 1024
@@ -36,7 +39,7 @@ class WireClient(Client):
 
     Args:
         max_packet_bytes: what the broker was told; a longer packet ends the connection.
-        on_publish_received, on_puback: for every plain packet of that kind; never called by paho.
+        on_publish_received, on_puback, on_suback: for every plain packet of that kind; never called by paho.
     """
 
     def __init__(
@@ -46,11 +49,13 @@ class WireClient(Client):
         max_packet_bytes: int,
         on_publish_received: Callable[[Publish], None],
         on_puback: Callable[[Puback], None],
+        on_suback: Callable[[bytes], None],
     ) -> None:
         super().__init__(CallbackAPIVersion.VERSION2, client_id, protocol=MQTTProtocolVersion.MQTTv5, manual_ack=True)
         self._max_packet_bytes = max_packet_bytes
         self._on_publish_received = on_publish_received
         self._on_puback = on_puback
+        self._on_suback = on_suback
         self._unread = b""
         self._for_paho = memoryview(b"")
 
@@ -147,7 +152,13 @@ class WireClient(Client):
             if puback is not None:
                 self._on_puback(puback)
                 return True
-        return False
+        elif kind == SUBACK:
+            reasons = parse_suback(data, body, end)
+            if reasons is not None:
+                self._on_suback(reasons)
+                return True
+        # Nobody waits for an UNSUBACK, and paho takes as long to say so as a small PUBLISH takes altogether.
+        return kind == UNSUBACK
 
     def _sock_recv(self, bufsize: int) -> bytes:
         """What paho's own reader gets: the one packet that is its business."""

@@ -1,9 +1,9 @@
-"""MQTT 5 PUBLISH and PUBACK, bytes to values and back. Pure.
+"""MQTT 5 PUBLISH, PUBACK and SUBACK, bytes to values and back. Pure.
 
-These two packets are nearly all traffic, and building paho's property objects for them costs more than everything
+These packets are nearly all traffic, and building paho's property objects for them costs more than everything
 else a gateway does with a small request. What is rare or strange (`None` below) is left to paho.
 
-Source: MQTT 5.0, sections 2.2.2 (properties), 3.3 (PUBLISH), 3.4 (PUBACK).
+Source: MQTT 5.0, sections 2.2.2 (properties), 3.3 (PUBLISH), 3.4 (PUBACK), 3.9 (SUBACK).
 """
 
 from functools import lru_cache
@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 PUBLISH = 0x30
 PUBACK = 0x40
+SUBACK = 0x90
+UNSUBACK = 0xB0
 # The whole packet: normal disconnection, section 3.14; the will is not published.
 DISCONNECT = b"\xe0\x00"
 
@@ -146,6 +148,20 @@ def parse_puback(data: bytes, body: int, end: int) -> Puback | None:
         return None
     reason = data[body + 2] if end - body > 2 else 0  # noqa: PLR2004  section 3.4.2.1: success may be left out
     return Puback(data[body] << 8 | data[body + 1], reason)
+
+
+def parse_suback(data: bytes, body: int, end: int) -> bytes | None:
+    """The reason codes of a SUBACK whose variable header begins at `body`, one for each filter; 0x80 and above refuse.
+
+    Returns None where it is not the plain case: properties longer than 127 bytes, or malformed.
+
+    Source: MQTT 5.0, section 3.9.
+    """
+    properties_at = body + 2
+    if properties_at >= end or data[properties_at] > 0x7F:  # noqa: PLR2004  a length of one byte
+        return None
+    reasons = data[properties_at + 1 + data[properties_at] : end]
+    return reasons or None
 
 
 def publish_properties(content_type: str, schema: str | None) -> bytes:

@@ -22,9 +22,14 @@ class Line:
     """A client whose broker is the test: what it receives and sends are bytes."""
 
     def __init__(self):
+        self.subacks = []
         self.publishes, self.pubacks, self.connects, self.ended, self.by_paho, self.wanted = [], [], [], [], [], []
         self.client = WireClient(
-            "cam", max_packet_bytes=100_000, on_publish_received=self.publishes.append, on_puback=self.pubacks.append
+            "cam",
+            max_packet_bytes=100_000,
+            on_publish_received=self.publishes.append,
+            on_puback=self.pubacks.append,
+            on_suback=self.subacks.append,
         )
         self.client.on_connect = lambda *_: self.connects.append(1)
         self.client.on_disconnect = lambda *_: self.ended.append(1)
@@ -145,3 +150,26 @@ def test_packet_identifiers_come_from_one_row(line):
     first = line.client.next_packet_id()
     _, second = line.client.subscribe("a")
     assert line.client.next_packet_id() == second + 1 == first + 2
+
+
+def test_answers_to_subscriptions_are_read_here_and_strange_ones_are_paho_s(line):
+    """A code for each filter, whatever short properties came with them; long properties are not the plain case."""
+    plain = b"\x90\x05\x00\x07\x00\x01\x87"
+    reason = b"\x1f\x00\x02no"
+    with_reason = b"\x90\x09\x00\x08" + bytes([len(reason)]) + reason + b"\x00"
+    long_reason = b"\x1f\x00\xc8" + b"n" * 200
+    strange = b"\x90\xd0\x01\x00\x09\xcb\x01" + long_reason + b"\x02"
+    heard = []
+    line.client.on_subscribe = lambda _c, _u, mid, reasons, _p: heard.append((mid, [r.value for r in reasons]))
+    line.feed(CONNACK + plain + with_reason + strange)
+    assert line.subacks == [b"\x01\x87", b"\x00"]
+    assert heard == [(9, [2])]
+
+
+def test_answer_to_an_unsubscribe_is_passed_over(line):
+    """What follows it in the same read is handled all the same."""
+    unsuback = b"\xb0\x04\x00\x05\x00\x00"
+    publish = encode_publish(b"a", b"x", qos=0, retain=False, packet_id=0, properties=b"")
+    line.feed(CONNACK + unsuback + publish + unsuback)
+    assert [item.payload for item in line.publishes] == [b"x"]
+    assert (line.connects, line.ended) == ([1], [])
