@@ -10,7 +10,7 @@ staging and slots on disk. Four kinds of run, one after the other on the same re
   stalled   the same, but every tenth device stops reading once it has asked
   cut       the same, but each device's connection is cut once, at a random chunk
 
-`time_ratio` is fetch, verification and fsync of `release` over `bare`, each the best of three, in turn. TUF refresh and self-test are left out of it and reported apart, a node each: in this process they queue for
+`time_ratio` is fetch, verification and fsync of `release` over `bare`, each the best of five, in turn. TUF refresh and self-test are left out of it and reported apart, a node each: in this process they queue for
 one core, on a fleet every node has its own. The self-test runs in this process; a device starts a child for it. Of what
 is left, `fsync_ms` a node is the wait for one disk that all nodes share here; it is part of `time_ratio`.
 
@@ -66,8 +66,9 @@ PATIENCE_S = 300.0
 SEED = 7
 # As often as a gateway does.
 TICK_S = 0.05
-# Three of `release`, one of `stalled` and of `cut`.
-RUNS = 5
+ROUNDS = 5
+# Those of `release`, one of `stalled` and one of `cut`.
+RUNS = ROUNDS + 2
 PAGE_BYTES = 4096
 
 
@@ -365,7 +366,7 @@ def measure(folder, devices, model_bytes):
         setting = Setting(folder, broker, cloud.store.root(), devices, len(split(data)), retained_rss)
         topics = cloud.topics()
         bares, releases = [], []
-        for attempt in range(3):
+        for attempt in range(ROUNDS):
             bares.append(bare(broker.url, devices, topics))
             print(f"bare: {bares[-1][1] / 1e6:.1f} MB to {devices} clients in {bares[-1][0]:.2f} s", flush=True)
             releases.append(deliver(setting, "release", f"release-{attempt}"))
