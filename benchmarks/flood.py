@@ -169,7 +169,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure what a device that floods does to the others.")
     parser.add_argument("--rounds", type=int, default=9, help="(default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=3.0, help="of one run (default: %(default)s)")
-    parser.add_argument("--devices", type=int, default=16, help="that behave well (default: %(default)s)")
+    parser.add_argument("--devices", type=int, default=64, help="that behave well (default: %(default)s)")
     parser.add_argument("--load", type=float, default=0.5, help="of the capacity, by these (default: %(default)s)")
     parser.add_argument("--times", type=float, default=10.0, help="a flooder's share (default: %(default)s)")
     parser.add_argument("--note", default="", help="on the circumstances, for the JSON")
