@@ -73,8 +73,7 @@ class NoveltyDetector:
         self._spread = np.ones(config.channels)
         self._levels = _Levels(config.channels, config.memory)
         self._patterns = _Patterns(config.channels, config.memory)
-        self._level_usual = _Moments((len(_LENGTHS),), config.memory)
-        self._pattern_usual = _Moments((len(_LENGTHS),), config.memory)
+        self._usual = _Moments((2 * len(_LENGTHS),), config.memory)
         self._steps = 0
 
     def update(self, reading: NDArray[np.float64]) -> float:
@@ -109,11 +108,10 @@ class NoveltyDetector:
     def _step(self, values: NDArray[np.float64]) -> float:
         self._steps += 1
         scaled = np.clip((values - self._centre) / self._spread, -_FARTHEST, _FARTHEST)
-        level, pattern = self._levels.distances(scaled), self._patterns.distances(scaled)
+        distances = np.concatenate((self._levels.distances(scaled), self._patterns.distances(scaled)))
         if self._steps < _SETTLE + _LONGEST:
             return 0.0
-        surprise = (*self._level_usual.deviations(level), *self._pattern_usual.deviations(pattern))
-        return float(sum(max(value, 0.0) for value in surprise) / len(surprise))
+        return float(np.maximum(self._usual.deviations(distances), 0.0).sum()) / len(distances)
 
 
 class _Moments:
@@ -133,7 +131,8 @@ class _Moments:
         offset = value - self._mean
         spread = np.maximum(np.sqrt(self._variance), _LEAST_SPREAD)
         result = offset / spread
-        learnt = np.clip(offset, -_MOST_LEARNT * spread, _MOST_LEARNT * spread)
+        most = _MOST_LEARNT * spread
+        learnt = np.minimum(np.maximum(offset, -most), most)  # a third of np.clip's price
         self._seen += 1
         weight = 1.0 / min(self._seen, self._horizon)
         self._mean = self._mean + weight * learnt
@@ -146,15 +145,18 @@ class _Levels:
 
     def __init__(self, channels: int, horizon: int) -> None:
         self._newest = np.zeros((_LONGEST, channels))
+        # Row by row, the share of each of the newest readings in the mean at that length.
+        self._shares = np.array(
+            [[(back < length) / length for back in reversed(range(_LONGEST))] for length in _LENGTHS]
+        )
         self._usual = _Moments((len(_LENGTHS), channels), horizon)
 
     def distances(self, scaled: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the root mean square over channels, in deviations, (length,); then learn the reading."""
         self._newest[:-1] = self._newest[1:]
         self._newest[-1] = scaled
-        means = np.array([self._newest[-length:].mean(0) for length in _LENGTHS])
-        away = self._usual.deviations(means)
-        return np.asarray(np.sqrt((away * away).mean(1)))
+        away = self._usual.deviations(self._shares @ self._newest)
+        return np.asarray(np.sqrt(np.einsum("ij,ij->i", away, away) / away.shape[1]))
 
 
 class _Patterns:
