@@ -90,6 +90,12 @@ bench-gateway: venv $(MOSEC)/.installed ## Measure the gateway beside mosec, an 
 bench-uplink: venv ## Measure what a device's upload budget finds, on real data
 	@$(BIN)/python benchmarks/uplink.py $(ARGS)
 
+bench-nab: venv ## Measure the anomaly detector beside those that NAB published (needs ../shared/data)
+	@PYTHONPATH=. $(BIN)/python benchmarks/nab.py --draw $(ARGS)
+
+bench-skab: venv ## Measure the anomaly detector on a water pump's eight channels (needs ../shared/data)
+	@PYTHONPATH=. $(BIN)/python benchmarks/skab.py $(ARGS)
+
 bench-outbox: venv ## Measure what the outbox writes to flash for each answered question (needs strace)
 	@PYTHONPATH=. $(BIN)/python benchmarks/outbox_flash.py $(ARGS)
 

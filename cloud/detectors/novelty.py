@@ -33,11 +33,14 @@ class NoveltyConfig:
             it, if it has one.
         memory: readings that are remembered, and the horizon of all running statistics. More finds rarer repetitions
             and costs time in proportion; 4000 readings are two weeks at 5 minutes.
+        learns: False compares all that follows with the warm-up alone, of which the last `memory` readings are
+            remembered. For machines whose good state is known and in which a fault lasts: it stays a fault.
     """
 
     channels: int = 1
     warm_up: int = 300
     memory: int = 4000
+    learns: bool = True
 
     def __post_init__(self) -> None:
         least = _SETTLE + 2 * _LONGEST
@@ -57,7 +60,8 @@ class NoveltyDetector:
     been, as a quiet night at noon. Each distance is measured in deviations of its own past, and the score is the mean
     of the six: they err for different reasons, and what most of them see is seldom noise.
 
-    All is learnt all the time, anomalies too: a state that stays becomes usual, and what comes again is less of one.
+    By default all is learnt all the time, anomalies too: a state that stays becomes usual, and what comes again is
+    less of an anomaly.
 
     Source: the second distance is the left discord of Lu et al., "Matrix Profile XXIV: DAMP" (2022), without their
     normalisation of each pattern, which hides a change of level, and without their pruning, which so short a memory
@@ -72,7 +76,7 @@ class NoveltyDetector:
         self._centre = np.zeros(config.channels)
         self._spread = np.ones(config.channels)
         self._levels = _Levels(config.channels, config.memory)
-        self._patterns = _Patterns(config.channels, config.memory)
+        self._patterns: _Patterns | _KnownPatterns = _Patterns(config.channels, config.memory)
         self._usual = _Moments((2 * len(_LENGTHS),), config.memory)
         self._steps = 0
 
@@ -104,14 +108,20 @@ class NoveltyDetector:
         self._spread = np.where(spread > 1e-9 * np.abs(self._centre), spread, still)
         for values in first:
             self._step(values)
+        if not self._config.learns:
+            self._patterns = _KnownPatterns(self._scale(first[-self._config.memory :]))
+            self._levels.usual.learns = self._usual.learns = False
 
     def _step(self, values: NDArray[np.float64]) -> float:
         self._steps += 1
-        scaled = np.clip((values - self._centre) / self._spread, -_FARTHEST, _FARTHEST)
+        scaled = self._scale(values)
         distances = np.concatenate((self._levels.distances(scaled), self._patterns.distances(scaled)))
         if self._steps < _SETTLE + _LONGEST:
             return 0.0
         return float(np.maximum(self._usual.deviations(distances), 0.0).sum()) / len(distances)
+
+    def _scale(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.clip((values - self._centre) / self._spread, -_FARTHEST, _FARTHEST)
 
 
 class _Moments:
@@ -122,15 +132,18 @@ class _Moments:
         self._variance = np.zeros(shape)
         self._horizon = horizon
         self._seen = 0
+        self.learns = True
 
     def deviations(self, value: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Say how far above the mean of those before a value lies, in deviations; then learn it."""
+        """Say how far above the mean of those before a value lies, in deviations; then learn it, if it is to."""
         if not self._seen:
             self._seen, self._mean = 1, value
             return np.zeros_like(value)
         offset = value - self._mean
         spread = np.maximum(np.sqrt(self._variance), _LEAST_SPREAD)
         result = offset / spread
+        if not self.learns:
+            return result
         most = _MOST_LEARNT * spread
         learnt = np.minimum(np.maximum(offset, -most), most)  # a third of np.clip's price
         self._seen += 1
@@ -149,13 +162,13 @@ class _Levels:
         self._shares = np.array(
             [[(back < length) / length for back in reversed(range(_LONGEST))] for length in _LENGTHS]
         )
-        self._usual = _Moments((len(_LENGTHS), channels), horizon)
+        self.usual = _Moments((len(_LENGTHS), channels), horizon)
 
     def distances(self, scaled: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the root mean square over channels, in deviations, (length,); then learn the reading."""
         self._newest[:-1] = self._newest[1:]
         self._newest[-1] = scaled
-        away = self._usual.deviations(self._shares @ self._newest)
+        away = self.usual.deviations(self._shares @ self._newest)
         return np.asarray(np.sqrt(np.einsum("ij,ij->i", away, away) / away.shape[1]))
 
 
@@ -198,3 +211,34 @@ class _Patterns:
             nearest.append(squares[: max(len(squares) - overlapping, 0)].min(initial=np.inf))
         self._count += 1
         return np.asarray(np.sqrt(np.array(nearest) / (np.array(_LENGTHS) * self._channels)))
+
+
+class _KnownPatterns:
+    """The newest pattern, at each length, against all in a recording that never changes.
+
+    As in `_Patterns`, but a row holds differences by place in the recording, so the rows before are read as many places
+    earlier.
+    """
+
+    def __init__(self, known: NDArray[np.float64]) -> None:
+        self._known = known
+        self._rows = [np.full((length * (_GROWTH - 1) + 1, len(known)), np.inf) for length in _LENGTHS[:-1]]
+        self._count = 0
+        for scaled in known[-_LONGEST:]:
+            self.distances(scaled)
+
+    def distances(self, scaled: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the distance to the nearest, by reading and channel, (length,)."""
+        difference = self._known - scaled
+        squares = np.einsum("ij,ij->i", difference, difference)
+        nearest = [squares.min()]
+        for length, rows in zip(_LENGTHS[:-1], self._rows, strict=True):
+            place = self._count % len(rows)
+            rows[place] = squares
+            squares = squares.copy()
+            for back in range(length, _GROWTH * length, length):
+                squares[back:] += rows[place - back, :-back]
+                squares[:back] = np.inf  # patterns that begin before the recording does
+            nearest.append(squares.min())
+        self._count += 1
+        return np.asarray(np.sqrt(np.array(nearest) / (np.array(_LENGTHS) * self._known.shape[1])))

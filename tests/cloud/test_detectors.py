@@ -10,9 +10,10 @@ from cloud.detectors.alarms import Alarms
 from cloud.detectors.novelty import NoveltyConfig, NoveltyDetector
 
 
-def scores_of(values, warm_up=100, memory=200):
+def scores_of(values, warm_up=100, memory=200, *, learns=True):
     rows = values[:, None] if values.ndim == 1 else values
-    detector = NoveltyDetector(NoveltyConfig(channels=rows.shape[1], warm_up=warm_up, memory=memory))
+    config = NoveltyConfig(channels=rows.shape[1], warm_up=warm_up, memory=memory, learns=learns)
+    detector = NoveltyDetector(config)
     return np.array([detector.update(row) for row in rows])
 
 
@@ -21,14 +22,14 @@ def day(rows, seed=0):
     return np.sin(np.arange(rows) * 2 * np.pi / 50) + 0.05 * np.random.default_rng(seed).normal(size=rows)
 
 
-@given(seed=st.integers(0, 99), cut=st.integers(1, 249), channels=st.integers(1, 3))
-def test_score_never_depends_on_the_future(seed, cut, channels):
+@given(seed=st.integers(0, 99), cut=st.integers(1, 249), channels=st.integers(1, 3), learns=st.booleans())
+def test_score_never_depends_on_the_future(seed, cut, channels, learns):
     """Pins causality: what comes after a reading, here nothing or something wild, does not change its score."""
     values = np.random.default_rng(seed).normal(size=(250, channels))
-    whole, wild = scores_of(values), values.copy()
+    whole, wild = scores_of(values, learns=learns), values.copy()
     wild[cut:] *= 1e3
-    np.testing.assert_array_equal(scores_of(values[:cut]), whole[:cut])
-    np.testing.assert_array_equal(scores_of(wild)[:cut], whole[:cut])
+    np.testing.assert_array_equal(scores_of(values[:cut], learns=learns), whole[:cut])
+    np.testing.assert_array_equal(scores_of(wild, learns=learns)[:cut], whole[:cut])
 
 
 @given(seed=st.integers(0, 99), factor=st.sampled_from([1e-6, 0.1, 7.0, 1e9]), offset=st.sampled_from([0.0, -3.0, 1e3]))
@@ -46,6 +47,21 @@ def test_nearest_pattern_is_the_nearest(seed, channels):
     for end, row in enumerate(values, start=1):
         expected = [nearest(values[:end], length, memory) for length in (1, 4, 16)]
         np.testing.assert_allclose(patterns.distances(row), expected, rtol=1e-9)
+
+
+@given(seed=st.integers(0, 99), channels=st.integers(1, 3))
+def test_nearest_known_pattern_is_the_nearest(seed, channels):
+    """Pins the same of a recording that never changes."""
+    rng = np.random.default_rng(seed)
+    known, values = rng.normal(size=(60, channels)), rng.normal(size=(50, channels))
+    patterns, stream = novelty._KnownPatterns(known), np.concatenate([known, values])
+    for end, row in enumerate(values, start=61):
+        found = patterns.distances(row)
+        for length, distance in zip((1, 4, 16), found, strict=True):
+            newest = stream[end - length : end]
+            starts = range(60 - length + 1)
+            expected = min(np.sqrt(np.mean((known[at : at + length] - newest) ** 2)) for at in starts)
+            np.testing.assert_allclose(distance, expected, rtol=1e-9)
 
 
 def nearest(values, length, memory):
@@ -80,6 +96,14 @@ def test_anomaly_that_comes_again_is_less_of_one():
         values[start : start + 16] += 4.0
     first, second, third = (scores_of(values, memory=600)[start : start + 16].max() for start in (400, 600, 800))
     assert first > 2 * second > 2 * third
+
+
+def test_state_that_stays_becomes_usual_unless_nothing_is_learnt():
+    """Pins the difference between the two ways: the same lasting step, forgotten or kept."""
+    values = day(700)
+    values[300:] += 4.0
+    assert scores_of(values)[650:].max() < 1.0
+    assert scores_of(values, learns=False)[300:].min() > 2.0
 
 
 def test_one_channel_of_eight_is_enough():
