@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
+from cloud.models.layers import FlattenChannelsLast
 from cloud.tasks.base import (
     GateLimits,
     LabelledSamples,
@@ -128,6 +129,7 @@ class _Cnn(nn.Module):
         )
         side = 8 // 2 ** (len(widths) - 1)
         features = widths[-1] * side * side
+        self.flatten = FlattenChannelsLast()
         self.hidden = nn.Linear(features, hidden) if hidden else None
         self.head = nn.Linear(hidden or features, _CLASSES)
 
@@ -136,7 +138,7 @@ class _Cnn(nn.Module):
         maps = rows.permute(0, 3, 1, 2)
         for convolution in self.convolutions:
             maps = functional.relu(convolution(maps))
-        features = maps.permute(0, 2, 3, 1).flatten(1)
+        features = self.flatten(maps)
         if self.hidden is not None:
             features = functional.relu(self.hidden(features))
         logits: torch.Tensor = self.head(features)
