@@ -24,6 +24,8 @@ def train(
     *,
     seed: int,
     checkpoint: Path,
+    start: nn.Module | None = None,
+    plan: TrainingPlan | None = None,
     threads: int = 1,
     device: str = "cpu",
     report: Callable[[str], None] = lambda _: None,
@@ -36,6 +38,8 @@ def train(
         data: scaled here, with its own statistics.
         seed: of initial weights, order and augmentation.
         checkpoint: written after every epoch, and read first when it belongs to this very run.
+        start: the module to go on from, trained in place; None for a new one of the task's.
+        plan: how long and how hard; None for the task's.
         threads: of torch, for the time of the call.
         device: as torch names it.
         report: takes a line after every epoch.
@@ -44,7 +48,7 @@ def train(
         ModelError: the loss left the finite numbers.
     """
     with _torch_threads(threads):
-        run = _Run(task, tier, data, seed, device)
+        run = _Run(task, tier, data, seed, device, start=start, plan=plan or task.plans[tier])
         run.resume(checkpoint)
         while run.epoch < run.epochs:
             loss = run.train_epoch()
@@ -66,10 +70,20 @@ def _torch_threads(count: int) -> Iterator[None]:
 class _Run:
     """Everything that a checkpoint must hold. Randomness comes from one generator on the CPU, never the global one."""
 
-    def __init__(self, task: Task, tier: pb.Tier, data: TrainingData, seed: int, device: str) -> None:
+    def __init__(
+        self,
+        task: Task,
+        tier: pb.Tier,
+        data: TrainingData,
+        seed: int,
+        device: str,
+        *,
+        start: nn.Module | None,
+        plan: TrainingPlan,
+    ) -> None:
         self.epoch = 0
         self._task = task
-        self._plan = task.plans[tier]
+        self._plan = plan
         self._rows = torch.from_numpy(scale(data.train.x, data.schema())).to(device)
         self._labels = torch.from_numpy(data.train.y).to(device)
         steps_per_epoch = -(-len(data.train) // self._plan.batch_rows)
@@ -77,7 +91,7 @@ class _Run:
         self._generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model = task.build_model(tier).to(device)
+            self.model = (task.build_model(tier) if start is None else start).to(device).train()
         self._optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=self._plan.learning_rate, weight_decay=self._plan.weight_decay
         )
@@ -141,6 +155,7 @@ def _load_checkpoint(path: Path) -> dict[str, Any] | None:
 def _identity(model: nn.Module, plan: TrainingPlan, data: TrainingData, seed: int) -> str:
     """Name a run by all that decides its weights."""
     digest = hashlib.sha256(repr((str(model), plan, seed)).encode())
-    for array in (data.train.x, data.train.y, data.mean, data.std):
+    weights = [value.cpu().numpy() for value in model.state_dict().values()]
+    for array in (*weights, data.train.x, data.train.y, data.mean, data.std):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

@@ -7,14 +7,27 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
-class FlattenChannelsLast(nn.Module):
-    """Feature maps (n, c, h, w) to features (n, h * w * c): TFLite's order, so that its converter adds no transpose.
+class LinearOfMaps(nn.Linear):
+    """A linear layer on feature maps (n, c, h, w), whose columns are in TFLite's order, channels last.
 
-    A layer and not two calls, because the pruner must know which features a channel becomes.
+    So its converter adds no transpose. A layer of its own, because the pruner must know which columns are a channel's.
     """
 
+    def __init__(self, channels: int, pixels: int, outputs: int) -> None:
+        super().__init__(channels * pixels, outputs)
+        self._pixels = pixels
+        self._is_channels_last = True
+
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        return maps.permute(0, 2, 3, 1).flatten(1)
+        ordered = maps.permute(0, 2, 3, 1) if self._is_channels_last else maps
+        return super().forward(ordered.flatten(1))
+
+    def swap_layout(self) -> None:
+        """Order columns the other way, and the maps with them: answers stay the same."""
+        shape = (self._pixels, -1) if self._is_channels_last else (-1, self._pixels)
+        columns = self.weight.detach().reshape(self.out_features, *shape).transpose(1, 2).flatten(1)
+        self.weight.data = columns.contiguous()
+        self._is_channels_last = not self._is_channels_last
 
 
 class NormedConvolution(nn.Module):

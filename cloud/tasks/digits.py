@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from cloud.models.layers import FlattenChannelsLast
+from cloud.models.layers import LinearOfMaps
 from cloud.tasks.base import (
     GateLimits,
     LabelledSamples,
@@ -127,19 +127,15 @@ class _Cnn(nn.Module):
             nn.Conv2d(inputs[index], width, 3, stride=1 if index == 0 else 2, padding=1)
             for index, width in enumerate(widths)
         )
-        side = 8 // 2 ** (len(widths) - 1)
-        features = widths[-1] * side * side
-        self.flatten = FlattenChannelsLast()
-        self.hidden = nn.Linear(features, hidden) if hidden else None
-        self.head = nn.Linear(hidden or features, _CLASSES)
+        pixels = (8 // 2 ** (len(widths) - 1)) ** 2
+        self.hidden = LinearOfMaps(widths[-1], pixels, hidden) if hidden else None
+        self.head = nn.Linear(hidden, _CLASSES) if hidden else LinearOfMaps(widths[-1], pixels, _CLASSES)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Map (n, 8, 8, 1) to logits (n, 10)."""
         maps = rows.permute(0, 3, 1, 2)
         for convolution in self.convolutions:
             maps = functional.relu(convolution(maps))
-        features = self.flatten(maps)
-        if self.hidden is not None:
-            features = functional.relu(self.hidden(features))
+        features = maps if self.hidden is None else functional.relu(self.hidden(maps))
         logits: torch.Tensor = self.head(features)
         return logits

@@ -48,13 +48,22 @@ def test_killed_run_resumes_to_the_same_weights(brief_task, data, weights, tmp_p
     assert same(weights, resumed)
 
 
-@pytest.mark.parametrize("stale", ["other seed", "other data", "torn"])
+@pytest.mark.parametrize("stale", ["other seed", "other data", "other start", "torn"])
 def test_checkpoint_of_another_run_is_ignored(brief_task, data, weights, tmp_path, stale):
     """Only a checkpoint of this very run is used; a torn file counts as none."""
     if stale == "other seed":
         run(brief_task, data, tmp_path, seed=1)
     elif stale == "other data":
         run(brief_task, brief_task.prepare(data.holdout), tmp_path)
+    elif stale == "other start":
+        train(
+            brief_task,
+            pb.TIER_DEVICE,
+            data,
+            seed=0,
+            checkpoint=tmp_path / "run.ckpt",
+            start=brief_task.build_model(pb.TIER_DEVICE),
+        )
     else:
         run(brief_task, data, tmp_path)
         path = tmp_path / "run.ckpt"
