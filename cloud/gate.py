@@ -15,6 +15,7 @@ import onnxruntime
 from ai_edge_litert.interpreter import Interpreter
 from numpy.typing import NDArray
 
+from cloud.measure import interleave
 from cloud.tasks.base import GateLimits, RecallRule, ShareRule
 from shoal.errors import ModelError
 from shoal.tensors import to_tensor
@@ -224,16 +225,8 @@ def measure_latency_us(
     The calls take turns, and the fastest round is the one that nobody else's work fell into: what a call costs is a
     property of the artefact, what it waits for is not.
     """
-    for call in calls:
-        call()
-    samples: list[list[float]] = [[] for _ in calls]
-    for _ in range(rounds):
-        for call, taken in zip(calls, samples, strict=True):
-            started = clock_ns()
-            for _ in range(repeats):
-                call()
-            taken.append((clock_ns() - started) / repeats / 1000)
-    return [min(taken) for taken in samples]
+    taken = interleave(calls, rounds=rounds, repeats=[repeats] * len(calls), clock_ns=clock_ns)
+    return [float(fastest) / 1000 for fastest in taken.min(axis=0)]
 
 
 def golden_vectors(

@@ -7,26 +7,28 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
-class LinearOfMaps(nn.Linear):
+class LinearOfMaps(nn.Module):
     """A linear layer on feature maps (n, c, h, w), whose columns are in TFLite's order, channels last.
 
     So its converter adds no transpose. A layer of its own, because the pruner must know which columns are a channel's.
     """
 
     def __init__(self, channels: int, pixels: int, outputs: int) -> None:
-        super().__init__(channels * pixels, outputs)
+        super().__init__()
+        self.linear = nn.Linear(channels * pixels, outputs)
         self._pixels = pixels
         self._is_channels_last = True
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         ordered = maps.permute(0, 2, 3, 1) if self._is_channels_last else maps
-        return super().forward(ordered.flatten(1))
+        result: torch.Tensor = self.linear(ordered.flatten(1))
+        return result
 
     def swap_layout(self) -> None:
         """Order columns the other way, and the maps with them: answers stay the same."""
         shape = (self._pixels, -1) if self._is_channels_last else (-1, self._pixels)
-        columns = self.weight.detach().reshape(self.out_features, *shape).transpose(1, 2).flatten(1)
-        self.weight.data = columns.contiguous()
+        weight = self.linear.weight.detach()
+        self.linear.weight.data = weight.reshape(len(weight), *shape).transpose(1, 2).flatten(1)
         self._is_channels_last = not self._is_channels_last
 
 

@@ -39,13 +39,12 @@ class ResNet(nn.Module):
             for index in range(blocks)
         ]
         self.stages = nn.Sequential(*stages)
-        self.pool = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Linear(widths[-1], classes)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Map (n, height, width, channel) to logits (n, classes)."""
         maps = self.stages(self.stem(rows.permute(0, 3, 1, 2)))
-        logits: torch.Tensor = self.head(self.pool(maps).flatten(1))
+        logits: torch.Tensor = self.head(maps.mean((2, 3)))
         return logits
 
 

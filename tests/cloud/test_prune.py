@@ -41,7 +41,7 @@ def models():
 
 # Layers whose channels can go, those that are added together in one group.
 GROUPS = {
-    "cnn": [["convolutions.0"], ["convolutions.1"], ["convolutions.2"], ["hidden"]],
+    "cnn": [["convolutions.0"], ["convolutions.1"], ["convolutions.2"], ["hidden.linear"]],
     "device cnn": [["convolutions.1"]],
     "resnet8": [
         ["stages.1.first"],
