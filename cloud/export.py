@@ -1,8 +1,9 @@
-"""From a torch module to float ONNX and float TFLite, in memory. Both take rows laid out as the task says."""
+"""From a torch module to float ONNX, float TFLite and dynamic int8 TorchScript, in memory; rows as the task says."""
 
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 
@@ -56,6 +57,32 @@ def to_tflite(model: nn.Module, shape: tuple[int, ...]) -> bytes:
             return bytes(litert_torch.convert(model.eval(), (torch.zeros(1, *shape),)).model_content())
     except RuntimeError as exc:
         raise ModelError(f"cannot export to TFLite: {exc}") from exc
+
+
+def to_torch_dynamic(model: nn.Module, shape: tuple[int, ...]) -> bytes:
+    """Export with int8 linear layers for users of torch on a CPU: `torch.jit.load` runs it at any batch, without Shoal.
+
+    Weights are int8; activations are quantized anew in each call, so nothing is calibrated. Convolutions stay float,
+    small layers get slower, and no gateway or device can run it: the quantized layers have no ONNX or TFLite. Torch
+    calls both the layers and the format deprecated, so it ships beside the artefacts, never instead.
+
+    Raises:
+        ModelError: the module has no linear layer, or cannot be traced.
+    """
+    if not any(type(layer) is nn.Linear for layer in model.modules()):
+        raise ModelError("cannot quantize dynamically: the module has no linear layer")
+    file = io.BytesIO()
+    try:
+        with warnings.catch_warnings():
+            for said in ("torch.ao.quantization is deprecated", "`torch.jit.", "torch.quantize_per_tensor"):
+                warnings.filterwarnings("ignore", re.escape(said))
+            quantized = torch.ao.quantization.quantize_dynamic(model.eval(), {nn.Linear})  # type: ignore[no-untyped-call]
+            example = torch.zeros(_EXAMPLE_BATCH, *shape)
+            traced = torch.jit.trace(quantized.requires_grad_(False), example)  # type: ignore[no-untyped-call]
+            torch.jit.save(traced, file)
+    except RuntimeError as exc:
+        raise ModelError(f"cannot export to TorchScript: {exc}") from exc
+    return file.getvalue()
 
 
 def _strip(proto: onnx.ModelProto) -> onnx.ModelProto:

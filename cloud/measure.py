@@ -1,7 +1,7 @@
 """How much faster, how much worse, and how sure one can be of it.
 
-Needs numpy alone, for the environment of tflite-runtime holds little more. Calls take turns within a round, so that a slow
-moment of the machine hits all of them, and what is compared is compared within its round.
+Needs numpy alone, for the environment of tflite-runtime holds little more. Calls take turns within a round, so that a
+slow moment of the machine hits all of them, and what is compared is compared within its round.
 """
 
 import math

@@ -3,16 +3,17 @@
 import contextlib
 import io
 import logging
+import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 from ai_edge_litert.interpreter import Interpreter
 from ai_edge_quantizer import algorithm_manager, calibrator, qtyping, quantizer, recipe_manager
-from ai_edge_quantizer.utils import qsv_utils
+from ai_edge_quantizer.utils import qsv_utils, tfl_flatbuffer_utils
 from numpy.typing import NDArray
 from onnxruntime import quantization as ort_quantization
 
@@ -27,12 +28,13 @@ def calibration_rows(rows: NDArray[np.float32], count: int, seed: int) -> NDArra
     return rows[chosen]
 
 
-def quantize_onnx(model: bytes, rows: NDArray[np.float32]) -> bytes:
+def quantize_onnx(model: bytes, rows: NDArray[np.float32], keep_float: Collection[str] = ()) -> bytes:
     """Quantize for ONNX Runtime on x86: signed per-channel weights, unsigned activations (signed ones do not fuse).
 
     Args:
         model: float ONNX with one input called `input`.
         rows: (n, *shape) scaled; what does not fill the last batch is left out, since ragged batches crash calibrators.
+        keep_float: nodes to leave alone, of `onnx_nodes`.
     """
     reader = _BatchReader(rows)
     with tempfile.TemporaryDirectory() as folder, _quiet():
@@ -45,8 +47,14 @@ def quantize_onnx(model: bytes, rows: NDArray[np.float32]) -> bytes:
             activation_type=ort_quantization.QuantType.QUInt8,
             weight_type=ort_quantization.QuantType.QInt8,
             per_channel=True,
+            nodes_to_exclude=sorted(keep_float),
         )
         return path.read_bytes()
+
+
+def onnx_nodes(model: bytes) -> list[str]:
+    """Return the names of all nodes, in order."""
+    return [node.name for node in onnx.load_from_string(model).graph.node]
 
 
 class _BatchReader(ort_quantization.CalibrationDataReader):  # type: ignore[misc] # untyped base
@@ -66,22 +74,41 @@ def quantize_tflite(model: bytes, rows: NDArray[np.float32]) -> bytes:
         model: float TFLite with one signature of one input, batch 1.
         rows: (n, *shape) scaled.
     """
-    recipe = _int8_recipe()
+    return tflite_quantizer(model, rows)(())
+
+
+def tflite_quantizer(model: bytes, rows: NDArray[np.float32]) -> Callable[[Collection[str]], bytes]:
+    """Calibrate once, and return what quantizes all operations but those named, of `tflite_operations`."""
     with _quiet():
         # The default, a moving average of each row's range, clips what calibration has seen.
         calibration = calibrator.Calibrator(model, num_threads=1, qsv_update_func=qsv_utils.min_max_update)
-        calibration.calibrate(_signature_rows(model, rows), recipe)
-        quantized = quantizer.Quantizer(model, recipe.get_quantization_recipe()).quantize(
-            calibration.get_model_qsvs(), enable_progress_report=False
-        )
-    return bytes(quantized.quantized_model)
+        calibration.calibrate(_signature_rows(model, rows), _int8_recipe(()))
+    ranges = calibration.get_model_qsvs()
+
+    def quantize(keep_float: Collection[str]) -> bytes:
+        recipe = _int8_recipe(keep_float).get_quantization_recipe()
+        with _quiet():
+            quantized = quantizer.Quantizer(model, recipe).quantize(ranges, enable_progress_report=False)
+        return bytes(quantized.quantized_model)
+
+    return quantize
 
 
-def _int8_recipe() -> recipe_manager.RecipeManager:
+def tflite_operations(model: bytes) -> list[str]:
+    """Return what ai-edge-quantizer calls each operation, in order: the names of its output tensors."""
+    graphs = tfl_flatbuffer_utils.read_model(model).subgraphs
+    return [tfl_flatbuffer_utils.get_op_scope(each, graph.tensors) for graph in graphs for each in graph.operators]
+
+
+def _int8_recipe(keep_float: Collection[str]) -> recipe_manager.RecipeManager:
+    """A later rule of a recipe overrides an earlier one."""
     manager = recipe_manager.RecipeManager()
-    manager.add_static_config(".*", qtyping.TFLOperationName.ALL_SUPPORTED, activation_num_bits=8, weight_num_bits=8)
+    every, none = qtyping.TFLOperationName.ALL_SUPPORTED, algorithm_manager.AlgorithmName.NO_QUANTIZE
+    manager.add_static_config(".*", every, activation_num_bits=8, weight_num_bits=8)
     for end in _BOUNDARY:
-        manager.add_quantization_config(".*", end, algorithm_key=algorithm_manager.AlgorithmName.NO_QUANTIZE)
+        manager.add_quantization_config(".*", end, algorithm_key=none)
+    for name in sorted(keep_float):
+        manager.add_quantization_config(f"^{re.escape(name)}$", every, algorithm_key=none)
     return manager
 
 

@@ -1,3 +1,5 @@
+import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 from cloud import gate
-from cloud.export import to_onnx, to_tflite
+from cloud.export import to_onnx, to_tflite, to_torch_dynamic
 from shoal.errors import ModelError
 from shoal.v1 import release_pb2 as pb
 
@@ -71,3 +73,25 @@ def test_module_that_cannot_be_exported_is_refused(export, name):
 
     with pytest.raises(ModelError, match=f"cannot export to {name}"):
         export(Branching(), (3,))
+
+
+def test_torch_users_get_int8_linear_layers(brief_task, rows):
+    """Loads without Shoal's classes, answers at any batch nearly as float, and is smaller; the module stays float."""
+    torch.manual_seed(0)
+    module = brief_task.build_model(pb.TIER_GATEWAY).eval()
+    exported = to_torch_dynamic(module, brief_task.shape)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", DeprecationWarning)
+        loaded = torch.jit.load(io.BytesIO(exported))
+    exact = expected(module, rows)
+    for count in (1, 5):
+        answers = loaded(torch.from_numpy(rows[:count])).numpy()
+        assert 0 < np.abs(answers - exact[:count]).max() < 0.05 * np.abs(exact).max()
+    assert len(exported) < 0.95 * sum(4 * value.numel() for value in module.parameters())
+    assert all(value.dtype == torch.float32 for value in module.parameters())
+
+
+def test_module_without_linear_layers_has_no_dynamic_export():
+    """Would be a float model under the name of an int8 one."""
+    with pytest.raises(ModelError, match="no linear layer"):
+        to_torch_dynamic(torch.nn.Conv2d(1, 2, 3), (1, 8, 8))
