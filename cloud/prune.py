@@ -16,7 +16,7 @@ from torch.nn.utils import prune as torch_prune
 
 from cloud.models.layers import LinearOfMaps
 from cloud.tasks.base import Task, TrainingData, TrainingPlan
-from cloud.training import train
+from cloud.training import OnEpoch, train
 from shoal.errors import ModelError
 from shoal.v1 import release_pb2 as pb
 
@@ -52,6 +52,7 @@ def prune_and_tune(
     checkpoint: Path,
     threads: int = 1,
     report: Callable[[str], None] = lambda _: None,
+    on_epoch: OnEpoch = lambda *_: None,
 ) -> nn.Module:
     """Take channels out of a trained module and fine-tune the rest, round by round, in the one training loop.
 
@@ -76,6 +77,7 @@ def prune_and_tune(
             plan=pruning.tuning,
             threads=threads,
             report=report,
+            on_epoch=on_epoch,
         )
     return pruned
 

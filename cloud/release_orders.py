@@ -67,11 +67,11 @@ def submit_release(
         if role not in newest.roles:
             raise ConfigError(f"model {spec.model!r} has no role: only {sorted(newest.roles)}")
         published = parse_role(newest.roles[role])
-        number = 1 + max((_release_number(path) for path in published.targets), default=0)
+        number = 1 + max((release_number(path) for path in published.targets), default=0)
         released = _complete(spec, number, files, now)
         added = _release_files(released, files)
         keep = live_releases(newest.roles[ROLLOUT], published, spec.model, newest.file)
-        targets = {path: info for path, info in published.targets.items() if _release_number(path) in keep}
+        targets = {path: info for path, info in published.targets.items() if release_number(path) in keep}
         targets |= {path: target_file(path, data) for path, data in added.items()}
         brought = {digest(data): data for data in added.values()}
         unsigned = sign_role([], published.version + 1, targets, now)
@@ -186,7 +186,7 @@ def _signers(newest: Newest, role: str, keys: KeyStore) -> list[Signer]:
     return authorised(keys.signers(role), role, delegations_of(parse_role(newest.roles["targets"]))[role])
 
 
-def _release_number(path: str) -> int:
+def release_number(path: str) -> int:
     match = _RELEASE_PATH.fullmatch(path)
     return int(match[1]) if match else 0
 

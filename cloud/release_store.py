@@ -32,6 +32,10 @@ _NO_ROLES: Mapping[str, bytes] = MappingProxyType({})
 _DIRECTORIES = ("metadata", "files", "queue", "refused", "tmp")
 
 
+class PublisherRunsError(ConfigError):
+    """Another process is the publisher of this store."""
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
     """New signed metadata of one role, and the files that it names and that are not published yet.
@@ -126,14 +130,14 @@ class ReleaseStore:
         """Become the one publisher of this store, until the returned file is closed or the process ends.
 
         Raises:
-            ConfigError: another process is.
+            PublisherRunsError: another process is.
         """
         lock = (self.directory / "publisher.lock").open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
             lock.close()
-            raise ConfigError(f"another publisher runs on {self.directory}") from exc
+            raise PublisherRunsError(f"another publisher runs on {self.directory}") from exc
         return lock
 
     # -- the queue -----------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from cloud.boots import Boots
 from cloud.tasks.base import LabelledSamples
 from shoal.errors import PayloadError
 from shoal.tensors import reading_values
+from shoal.v1.inference_pb2 import ASK_REASON_AUDIT
 from shoal.v1.sensor_pb2 import SensorData
 
 log = logging.getLogger(__name__)
@@ -208,6 +209,20 @@ class SampleStore:
         """(device, epoch, seq, reference) of every sample, for reconciling."""
         for device, epoch, seq, reference in self._db.execute("SELECT device, epoch, seq, reference FROM samples"):
             yield device, bytes(epoch), seq, reference
+
+    def audit_scores(self, model: str, after: int, limit: int) -> list[tuple[int, int, float]]:
+        """Devices' scores of audited readings in the order in which they came: row number, release, score.
+
+        Args:
+            model: whose.
+            after: the last row number seen; 0 at first.
+            limit: return no more at once.
+        """
+        query = (
+            "SELECT rowid, device_release, device_score FROM samples WHERE rowid > ? AND model = ? AND reason = ?"
+            " AND device_release IS NOT NULL AND device_score IS NOT NULL ORDER BY rowid LIMIT ?"
+        )
+        return list(self._db.execute(query, (after, model, ASK_REASON_AUDIT, limit)))
 
     def labelled(self, model: str, shape: tuple[int, ...], classes: int) -> LabelledSamples | None:
         """All labelled samples of a model, oldest first; None when there are none.

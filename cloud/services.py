@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cloud import ingest, trainer
 from cloud.keys import ROOT_KEYS, FileKeyStore, Password, key_password
+from cloud.pipelines.command import load_pipelines
 from cloud.publisher import Publisher
 from cloud.release_store import ReleaseStore
 from cloud.repository import ROLLOUT, TOP_LEVEL, first_generation
@@ -79,11 +80,12 @@ def run_trainer(settings: CloudSettings, config: Path) -> None:
     """Serve until SIGINT or SIGTERM.
 
     Raises:
-        ConfigError: `init` comes first.
+        ConfigError: `init` comes first, or a pipeline file is wrong.
     """
+    pipelines = load_pipelines(settings)
     store = _open_samples(settings)
     loop, link = _open(settings, trainer.SERVICE)
-    service = trainer.Trainer(settings, link, store, trainer.process_starter(config))
+    service = trainer.Trainer(settings, link, store, pipelines=pipelines, start_run=trainer.process_starter(config))
     loop.call_every(_SLOW_S, service.tick)
     try:
         _serve(settings, loop, link, lambda: service.counters)

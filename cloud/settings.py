@@ -14,18 +14,14 @@ _Count = Annotated[int, Meta(ge=1)]
 
 
 class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One `[[models]]` entry: what is trained, when, and for whom.
+    """One `[[models]]` entry: a model that this cloud signs for.
 
     Attributes:
-        min_new_labels: a release is made once this many samples were labelled since the last one.
-        max_releases: none after this; 0 is no limit.
-        targets: node patterns of its plan.
+        pipeline: the file that says how and when its releases are made; empty where people bring them.
     """
 
     name: str
-    min_new_labels: _Count = 200
-    max_releases: Annotated[int, Meta(ge=0)] = 0
-    targets: list[str] = msgspec.field(default_factory=lambda: ["*"])
+    pipeline: str = ""
 
 
 class CloudSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -34,7 +30,6 @@ class CloudSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data_dir: str
     models: list[ModelSettings]
     broker: BrokerSettings = msgspec.field(default_factory=BrokerSettings)
-    seed: int = 0
     train_threads: _Count = 1
     parallel_builds: _Count = 2
     retained_budget_bytes: _Count = RETAINED_BUDGET_BYTES
@@ -58,8 +53,18 @@ class CloudSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def builds_dir(self) -> Path:
-        """Checkpoints while a build runs, and one JSON report for each release."""
+        """Checkpoints, while a step runs."""
         return self.directory / "builds"
+
+    @property
+    def objects_dir(self) -> Path:
+        """What steps made, by digest."""
+        return self.directory / "objects"
+
+    @property
+    def registry_path(self) -> Path:
+        """What was run, from what, and what came of it."""
+        return self.directory / "registry.sqlite"
 
     def model(self, name: str) -> ModelSettings | None:
         return next((model for model in self.models if model.name == name), None)

@@ -16,6 +16,8 @@ from shoal.errors import ModelError
 from shoal.scoring import scale
 from shoal.v1 import release_pb2 as pb
 
+OnEpoch = Callable[[int, int, float], None]
+
 
 def train(
     task: Task,
@@ -29,6 +31,7 @@ def train(
     threads: int = 1,
     device: str = "cpu",
     report: Callable[[str], None] = lambda _: None,
+    on_epoch: OnEpoch = lambda *_: None,
 ) -> nn.Module:
     """Train one tier's model and return it on the CPU, ready for export.
 
@@ -43,6 +46,7 @@ def train(
         threads: of torch, for the time of the call.
         device: as torch names it.
         report: takes a line after every epoch.
+        on_epoch: takes the number of every epoch, how many there will be, and its mean loss.
 
     Raises:
         ModelError: the loss left the finite numbers.
@@ -54,6 +58,7 @@ def train(
             loss = run.train_epoch()
             run.save(checkpoint)
             report(f"{task.model} {pb.Tier.Name(tier)} epoch={run.epoch}/{run.epochs} loss={loss:.4f}")
+            on_epoch(run.epoch, run.epochs, loss)
         return run.model.cpu().eval()
 
 

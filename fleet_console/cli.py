@@ -15,7 +15,9 @@ from fleet_console.broker import BrokerKind, choose_kind, run_foreground
 from fleet_console.command import command
 from fleet_console.gateway_cli import gateway_app
 from fleet_console.keys_cli import keys_app
+from fleet_console.pipeline_cli import pipeline_app
 from fleet_console.release_cli import models, release_app
+from fleet_console.runs_cli import runs_app
 from shoal.errors import ShoalError
 
 app = typer.Typer(
@@ -146,6 +148,8 @@ def cloud(service: Annotated[CloudService, typer.Argument(help="Which service.")
 
 app.add_typer(gateway_app, name="gateway")
 app.add_typer(release_app, name="release")
+app.add_typer(pipeline_app, name="pipeline")
+app.add_typer(runs_app, name="runs")
 app.command()(models)
 app.command()(command)
 app.add_typer(keys_app, name="keys")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from types import MappingProxyType
 from typing import cast
 
@@ -9,18 +10,19 @@ from cloud.tasks.base import Task
 from shoal.errors import ConfigError
 
 TASKS: Mapping[str, str] = MappingProxyType(
-    {"shuttle": "cloud.tasks.shuttle:ShuttleTask", "digits": "cloud.tasks.digits:DigitsTask"}
+    {"sensor": "cloud.tasks.shuttle:ShuttleTask", "vision": "cloud.tasks.digits:DigitsTask"}
 )
 
 
-def load_task(model: str) -> Task:
-    """Return the task of a model.
+def load_task(name: str, model: str, parameters: Mapping[str, object], base: Path) -> Task:
+    """Return a task.
 
     Raises:
         ConfigError: there is none.
     """
-    place = TASKS.get(model)
+    del model, parameters, base
+    place = TASKS.get(name)
     if place is None:
-        raise ConfigError(f"no task for model {model!r}; one of {sorted(TASKS)}")
-    module, name = place.split(":")
-    return cast("Task", getattr(import_module(module), name)())
+        raise ConfigError(f"no task {name!r}; one of {sorted(TASKS)}")
+    module, kind = place.split(":")
+    return cast("Task", getattr(import_module(module), kind)())

@@ -1,25 +1,20 @@
 """The report as one HTML page that needs nothing else: no network, no script, no font of its own."""
 
-import html
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from cloud.build import BuildReport
+from cloud.pipelines.registry import ReleaseReport
 from fleet_console.demo import charts
-from fleet_console.demo.charts import Frame, Scores, milliseconds
+from fleet_console.demo.charts import Scores, milliseconds
 from fleet_console.demo.measure import latencies_ms, reads
 from fleet_console.demo.plan import CAMERAS, SENSORS
 from fleet_console.demo.report import Evidence, timeline
+from fleet_console.html_page import escape, figure, page, section, table
 from simulator.journal import Entry
 from simulator.script import Phase
 
-# A chart is drawn once for wide pages and once for phones, whose text would be too small otherwise.
-_FULL_PX = 1000
-_HALF_PX = 476
-_PHONE_PX = 336
 _PPM = 1_000_000
 _NOTHING = "n/a"
 _PHASES = {
@@ -58,7 +53,7 @@ def write_html(path: Path, report: dict[str, Any], evidence: Evidence, threshold
             _notes(report),
         )
     )
-    path.write_text(_PAGE.format(css=_css(), body=body), encoding="utf-8")
+    path.write_text(page("Shoal demo report", body), encoding="utf-8")
 
 
 # -- sections --------------------------------------------------------------------------------------------------------
@@ -75,7 +70,7 @@ def _verdict(report: dict[str, Any]) -> str:
         else "The checks below say where the run fell short."
     )
     return f"""<header>
-<p class="over">Shoal demo · seed {_e(run["seed"])} · {_e(run["finished_at"])}</p>
+<p class="over">Shoal demo · seed {escape(run["seed"])} · {escape(run["finished_at"])}</p>
 <h1><span class="badge {"good" if closed else "bad"}" aria-hidden="true">{"✓" if closed else "✗"}</span>{title}</h1>
 <p class="lead">Two fleets of simulated devices, a gateway and the cloud's services ran as processes that share nothing
 but MQTT topics. {lead} {passed} of {len(checks)} checks passed.</p>
@@ -107,15 +102,18 @@ def _headline(report: dict[str, Any]) -> str:
         ),
     )
     items = "".join(
-        f'<div class="card"><p class="figure">{_e(figure)}</p><p class="what">{_e(what)}</p><p>{_e(more)}</p></div>'
-        for figure, what, more in cards
+        f'<div class="card"><p class="figure">{escape(number)}</p><p class="what">{escape(what)}</p>'
+        f"<p>{escape(more)}</p></div>"
+        for number, what, more in cards
     )
     return f'<section class="cards" aria-label="Key figures">{items}</section>'
 
 
 def _checks(report: dict[str, Any]) -> str:
-    rows = [[_state(item["ok"]), _e(_sentence(item["name"])), _e(item["measured"])] for item in report["checks"]]
-    return _section("What was asked of this run", _table(("Result", "Asked", "Measured"), rows, css="checks"))
+    rows = [
+        [_state(item["ok"]), escape(_sentence(item["name"])), escape(item["measured"])] for item in report["checks"]
+    ]
+    return section("What was asked of this run", table(("Result", "Asked", "Measured"), rows, css="checks"))
 
 
 def _pictures(report: dict[str, Any], evidence: Evidence, thresholds: Mapping[str, float]) -> str:
@@ -128,7 +126,7 @@ def _pictures(report: dict[str, Any], evidence: Evidence, thresholds: Mapping[st
     uncertain = ", ".join(f"{_percent(_share_above(phase))} {phase.name.lower()}" for phase in phases)
     latency = report["latency_ms"]
     figures = (
-        _figure(
+        figure(
             "accuracy",
             "Camera accuracy through the drift",
             f"The device alone is right on {_percent(device['before_drift'])} of the images before the drift, "
@@ -139,7 +137,7 @@ def _pictures(report: dict[str, Any], evidence: Evidence, thresholds: Mapping[st
             (330, 300),
             full=True,
         ),
-        _figure(
+        figure(
             "bytes",
             "What goes up the link",
             "Payload of every question and every sample of the sensors, repetitions included, against each reading "
@@ -148,7 +146,7 @@ def _pictures(report: dict[str, Any], evidence: Evidence, thresholds: Mapping[st
             lambda frame: charts.bytes_chart(evidence.sensors, frame),
             (300, 240),
         ),
-        _figure(
+        figure(
             "latency",
             "From question to reply",
             f"Over both fleets half of the replies come within {milliseconds(latency.get('p50', 0))} and 99% within "
@@ -156,7 +154,7 @@ def _pictures(report: dict[str, Any], evidence: Evidence, thresholds: Mapping[st
             lambda frame: charts.latency_chart(fleets, frame),
             (300, 300),
         ),
-        _figure(
+        figure(
             "sensor-scores",
             "Sensors: what stays on the device",
             f"Right of the line a device asks: {above[0]} of the normal readings and {above[1]} of the labelled "
@@ -164,7 +162,7 @@ def _pictures(report: dict[str, Any], evidence: Evidence, thresholds: Mapping[st
             lambda frame: charts.sensor_scores_chart(classes, frame),
             (340, 300),
         ),
-        _figure(
+        figure(
             "camera-scores",
             "Cameras: drift as the device feels it",
             f"Above its release's threshold a device asks: {uncertain}. What it asks about is what the next release "
@@ -172,7 +170,7 @@ def _pictures(report: dict[str, Any], evidence: Evidence, thresholds: Mapping[st
             lambda frame: charts.camera_scores_chart(phases, frame),
             (340, 340),
         ),
-        _figure(
+        figure(
             "ledger",
             "Where every reading went",
             "Bars share one scale and begin at the same reading. A promise of the gateway that the cloud could not "
@@ -193,37 +191,37 @@ def _models(evidence: Evidence) -> str:
             parent = found.get("metric_parent")
             rows.append(
                 [
-                    _e(f"{build.model} {build.release}"),
-                    _e(tier),
-                    _e(evidence.runtimes.get(tier, "")),
-                    _e(_metric_name(build, tier)),
+                    escape(f"{build.model} {build.release}"),
+                    escape(tier),
+                    escape(evidence.runtimes.get(tier, "")),
+                    escape(_metric_name(build, tier)),
                     _pair(build, tier, "metric", lambda value: f"{value:.3f}"),
                     _NOTHING if parent is None else f"{float(parent):.3f}",
                     _pair(build, tier, "bytes", lambda value: f"{value / 1000:.1f}"),
                     _pair(build, tier, "latency", lambda value: f"{value:.1f}"),
-                    f'<strong>{_e(found["ships"])}</strong><br><span class="quiet">{_e(found["reason"])}</span>',
+                    _choice(found["ships"], found["reason"]),
                 ]
             )
     text = (
         "Both precisions of each release, float / int8, measured in the runtime that ships on rows that the release "
         "was not trained on. What ships is in bold. Parent is the release before it, on the same rows."
     )
-    return _section("Models", f"<p>{text}</p>{_table(head, rows, css='models')}")
+    return section("Models", f"<p>{text}</p>{table(head, rows, css='models')}")
 
 
 def _ledger(ledger: Mapping[str, Any]) -> str:
-    rows = [[_e(name.replace("_", " ")), f"{ledger[name]:,}", _e(meaning)] for name, meaning in _LEDGER]
+    rows = [[escape(name.replace("_", " ")), f"{ledger[name]:,}", escape(meaning)] for name, meaning in _LEDGER]
     equations = _equation(ledger, "produced", ("kept", "lost_before_accept", "accepted")) + _equation(
         ledger, "accepted", ("answered", "dropped", "quarantined", "in_flight")
     )
-    named = "".join(f"<li>{_e(hole)}</li>" for hole in ledger.get("named_holes", ()))
+    named = "".join(f"<li>{escape(hole)}</li>" for hole in ledger.get("named_holes", ()))
     holes = f'<p>The first holes:</p><ul class="holes">{named}</ul>' if named else ""
     text = (
         "Three witnesses are laid side by side: the sources' own rows, the messages seen on the wire with the "
         "devices' counters, and the cloud's store."
     )
-    table = _table(("", "Rows", "What they are"), rows, css="ledger")
-    return _section("Ledger", f"<p>{text}</p>{equations}{holes}{table}")
+    listed = table(("", "Rows", "What they are"), rows, css="ledger")
+    return section("Ledger", f"<p>{text}</p>{equations}{holes}{listed}")
 
 
 def _run(report: dict[str, Any]) -> str:
@@ -242,8 +240,8 @@ def _run(report: dict[str, Any]) -> str:
         "Labels": f"{cameras['labels']:,}",
         "Processes started again": restarts,
     }
-    items = "".join(f"<div><dt>{_e(name)}</dt><dd>{_e(value)}</dd></div>" for name, value in facts.items())
-    return _section("This run", f'<dl class="facts">{items}</dl>')
+    items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
+    return section("This run", f'<dl class="facts">{items}</dl>')
 
 
 def _notes(report: dict[str, Any]) -> str:
@@ -257,7 +255,7 @@ def _notes(report: dict[str, Any]) -> str:
         "Bytes are of payloads; topics, properties and protocol headers count on neither side.",
         "Everything ran on one machine over the loopback interface: latencies have no radio or network in them.",
     )
-    return _section("Read with care", f"<ul>{''.join(f'<li>{_e(note)}</li>' for note in notes)}</ul>")
+    return section("Read with care", f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>")
 
 
 # -- figures of the pictures -----------------------------------------------------------------------------------------
@@ -291,7 +289,11 @@ def _share_above(group: Scores) -> float:
     return sum(score > group.threshold for score in group.scores) / len(group.scores)
 
 
-def _metric_name(build: BuildReport, tier: str) -> str:
+def _choice(ships: object, reason: object) -> str:
+    return f'<strong>{escape(ships)}</strong><br><span class="quiet">{escape(reason)}</span>'
+
+
+def _metric_name(build: ReleaseReport, tier: str) -> str:
     """The release's name for what it measured: that figure of the tier which equals the shipped one's."""
     shipped = round(float(build.tiers[tier][f"metric_{build.tiers[tier]['ships']}"] or 0) * _PPM)
     names = [name for name, value in build.metrics_ppm.items() if name.startswith(f"{tier}_") and value == shipped]
@@ -299,34 +301,6 @@ def _metric_name(build: BuildReport, tier: str) -> str:
 
 
 # -- HTML ------------------------------------------------------------------------------------------------------------
-
-
-def _e(value: object) -> str:
-    return html.escape(str(value))
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{_e(title)}</h2>{content}</section>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, css: str) -> str:
-    """Cells are HTML already. A table wider than the page scrolls by itself."""
-    titles = "".join(f'<th scope="col">{_e(title)}</th>' for title in head)
-    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table class="{css}"><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'
-    )
-
-
-def _figure(
-    name: str, title: str, text: str, draw: Callable[[Frame], str], heights_px: tuple[int, int], *, full: bool = False
-) -> str:
-    wide = draw(Frame(f"{name}-wide", _FULL_PX if full else _HALF_PX, heights_px[0]))
-    phone = draw(Frame(f"{name}-phone", _PHONE_PX, heights_px[1]))
-    return (
-        f'<figure class="{"full" if full else "half"}"><figcaption><h2>{_e(title)}</h2><p>{_e(text)}</p></figcaption>'
-        f'<div class="wide">{wide}</div><div class="phone">{phone}</div></figure>'
-    )
 
 
 def _equation(ledger: Mapping[str, Any], whole: str, parts: Sequence[str]) -> str:
@@ -343,7 +317,7 @@ def _state(ok: bool) -> str:  # noqa: FBT001  the state is the argument
     return '<span class="state good">✓ ok</span>' if ok else '<span class="state bad">✗ failed</span>'
 
 
-def _pair(build: BuildReport, tier: str, name: str, form: Callable[[float], str]) -> str:
+def _pair(build: ReleaseReport, tier: str, name: str, form: Callable[[float], str]) -> str:
     """Float and int8, the one that ships in bold."""
     found = build.tiers[tier]
     unit = "_us" if name == "latency" else ""
@@ -364,27 +338,3 @@ def _percent(share: float) -> str:
 
 def _ratio(large: float, small: float) -> str:
     return f"{large / small:.1f}\N{MULTIPLICATION SIGN}" if small else _NOTHING
-
-
-def _css() -> str:
-    light, dark = ("".join(f"--{name}:{colours[i]};" for name, colours in charts.PALETTE.items()) for i in (0, 1))
-    style = resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")
-    return f":root{{{light}}}@media (prefers-color-scheme: dark){{:root{{{dark}}}}}\n{style}"
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>Shoal demo report</title>
-<style>{css}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""

@@ -1,12 +1,14 @@
 """What the demo runs: its sizes, and the configuration files of its processes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import tomli_w
+import yaml
 
+from cloud.pipelines.file import DeployToEdge, EvaluateModel, Pipeline, QuantizeModel, TrainModel, Triggers
 from cloud.settings import CloudSettings, ModelSettings
 from edge_gateway.service import GatewaySettings
 from fleet_console.broker import BrokerKind
@@ -98,6 +100,7 @@ class Config:
     """The settings of each process, by the name of its file."""
 
     cloud: CloudSettings
+    pipelines: Sequence[Pipeline]
     gateway: GatewaySettings
     sensors: FleetSettings
     cameras: FleetSettings
@@ -107,6 +110,9 @@ class Config:
         for name in ("cloud", "gateway", "sensors", "cameras", "labeller"):
             text = tomli_w.dumps(_without_none(msgspec.to_builtins(getattr(self, name))))
             (directory / f"{name}.toml").write_text(text, encoding="utf-8")
+        for pipeline in self.pipelines:
+            text = yaml.safe_dump(msgspec.to_builtins(pipeline), sort_keys=False)
+            (directory / f"{pipeline.model}.yaml").write_text(text, encoding="utf-8")
 
 
 def make_config(options: Options, broker_url: str) -> Config:
@@ -116,13 +122,13 @@ def make_config(options: Options, broker_url: str) -> Config:
     root = str(run / "cloud" / "root.json")
     cloud = CloudSettings(
         data_dir=str(run / "cloud"),
-        models=[
-            ModelSettings(name=SENSORS, max_releases=1),
-            ModelSettings(name=CAMERAS, min_new_labels=sizes.min_new_labels, max_releases=2),
-        ],
+        models=[ModelSettings(name=model, pipeline=str(run / f"{model}.yaml")) for model in (SENSORS, CAMERAS)],
         broker=broker,
-        seed=options.seed,
         state_interval_s=5.0,
+    )
+    pipelines = (
+        _pipeline(SENSORS, "sensor", options.seed, Triggers(max_releases=1)),
+        _pipeline(CAMERAS, "vision", options.seed, Triggers(new_labels=sizes.min_new_labels, max_releases=2)),
     )
     gateway = GatewaySettings(
         metrics_address="",  # two demos at once would want the same port
@@ -175,7 +181,23 @@ def make_config(options: Options, broker_url: str) -> Config:
         probation_s=3.0,
     )
     labeller = LabellerSettings(models=[CAMERAS], broker=broker, delay_s=sizes.label_delay_s)
-    return Config(cloud, gateway, sensors, cameras, labeller)
+    return Config(cloud, pipelines, gateway, sensors, cameras, labeller)
+
+
+def _pipeline(model: str, task: str, seed: int, triggers: Triggers) -> Pipeline:
+    return Pipeline(
+        model=model,
+        task=task,
+        parameters={"data": model},
+        seed=seed,
+        triggers=triggers,
+        steps=[
+            TrainModel(inputs="samples", outputs="trained"),
+            QuantizeModel(inputs=["trained", "samples"], outputs="quantized"),
+            EvaluateModel(inputs=["quantized", "samples", "field"], outputs="release"),
+            DeployToEdge(inputs="release"),
+        ],
+    )
 
 
 def _without_none(table: Mapping[str, object]) -> dict[str, object]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from cloud.build import BuildReport
+from cloud.pipelines.registry import ReleaseReport
 from fleet_console.demo.measure import (
     Accuracy,
     AccuracyPoint,
@@ -46,7 +46,7 @@ class Evidence:
     sensors: Uplink
     sensor_entries: Sequence[Entry]
     camera_entries: Sequence[Entry]
-    builds: Sequence[BuildReport]
+    builds: Sequence[ReleaseReport]
     runtimes: dict[str, str]
     broker_name: str
     broker_version: str
@@ -159,7 +159,7 @@ def timeline(entries: Sequence[Entry]) -> tuple[list[AccuracyPoint], list[Mark]]
     return accuracy_over_time(entries, _WINDOW_S), marks(entries)
 
 
-def _model_rows(build: BuildReport, runtimes: dict[str, str]) -> list[dict[str, Any]]:
+def _model_rows(build: ReleaseReport, runtimes: dict[str, str]) -> list[dict[str, Any]]:
     return [
         {"model": build.model, "release": build.release, "tier": tier, "runtime": runtimes[tier], **figures}
         for tier, figures in build.tiers.items()

@@ -11,7 +11,7 @@ from enum import Enum, unique
 
 from rich.console import Console
 
-from cloud.build import BuildReport, load_reports
+from cloud.pipelines.registry import Registry, ReleaseReport
 from cloud.sample_store import SampleStore
 from device_agent.runtime import runtime_name as device_runtime
 from edge_gateway.engine import runtime_name as gateway_runtime
@@ -72,6 +72,7 @@ class Demo:
         self._readers = {fleet: JournalReader(options.run_dir / f"{fleet}.csv") for fleet in _FLEETS}
         self.journals = _Journals([], [])
         self._samples = SampleStore(config.cloud.samples_path)
+        self._registry = Registry(config.cloud.registry_path)
         self._started = self._loop.clock()
         self._settling_since: float | None = None
         self._last_messages = 0
@@ -121,6 +122,7 @@ class Demo:
         self._link.close()
         self._loop.close()
         self._samples.close()
+        self._registry.close()
 
     # -- watching ----------------------------------------------------------------------------------------------------
 
@@ -193,8 +195,8 @@ class Demo:
 
     # -- judging -----------------------------------------------------------------------------------------------------
 
-    def builds(self) -> list[BuildReport]:
-        return [build for model in (SENSORS, CAMERAS) for build in load_reports(self._config.cloud.builds_dir, model)]
+    def builds(self) -> list[ReleaseReport]:
+        return [build for model in (SENSORS, CAMERAS) for build in self._registry.releases(model)]
 
     def thresholds(self) -> dict[str, float]:
         """Above which score a device asks, by model, as the newest release has it."""

@@ -9,12 +9,11 @@ import pytest
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from cloud.pipeline import BuiltRelease, build_release
-from cloud.tasks import load_task
 from cloud.tasks.base import LabelledSamples, Task, TrainingPlan
 from cloud.tasks.datasets import digits_images, digits_stream
 from cloud.tasks.digits import DigitsTask
 from shoal.v1 import release_pb2 as pb
+from tests.cloud.toolchain import BuiltRelease, build_release, task_of
 
 LABELLED = 300  # the fewest that the design promises to learn from
 
@@ -61,14 +60,9 @@ def unseen(drifted: LabelledSamples) -> LabelledSamples:
     return drifted.take(slice(LABELLED, None))
 
 
-def build(model: str, workdir: Path, *, parent: BuiltRelease | None, extra: LabelledSamples | None) -> BuiltRelease:
-    release = 1 if parent is None else parent.spec.release + 1
-    return build_release(load_task(model), release=release, parent=parent, extra=extra, workdir=workdir, seed=0)
-
-
 @pytest.fixture(scope="session")
 def shuttle(tmp_path_factory: pytest.TempPathFactory) -> BuiltRelease:
-    return build("shuttle", tmp_path_factory.mktemp("shuttle"), parent=None, extra=None)
+    return build_release(task_of("shuttle"), tmp_path_factory.mktemp("shuttle"))
 
 
 @pytest.fixture(scope="session")
@@ -78,9 +72,9 @@ def digits_workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def digits(digits_workdir: Path) -> BuiltRelease:
-    return build("digits", digits_workdir, parent=None, extra=None)
+    return build_release(task_of("digits"), digits_workdir)
 
 
 @pytest.fixture(scope="session")
 def retrained(digits: BuiltRelease, digits_workdir: Path, labelled: LabelledSamples) -> BuiltRelease:
-    return build("digits", digits_workdir, parent=digits, extra=labelled)
+    return build_release(task_of("digits"), digits_workdir, parent=digits, extra=labelled)

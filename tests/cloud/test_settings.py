@@ -52,14 +52,19 @@ def test_file_needs_little_and_the_rest_has_defaults(write, tmp_path):
     settings = load_config(write(), CloudSettings)
     assert settings == CloudSettings(str(tmp_path / "data"), [ModelSettings("digits")])
     assert settings.retained_budget_bytes == 256 << 20
-    assert settings.model("digits") == ModelSettings("digits", 200, 0, ["*"])
+    assert settings.model("digits") == ModelSettings("digits", "")
     assert settings.model("shuttle") is None
-    paths = (settings.samples_path, settings.releases_dir, settings.keys_dir, settings.builds_dir)
+    paths = (
+        *(settings.samples_path, settings.releases_dir, settings.keys_dir, settings.builds_dir),
+        *(settings.objects_dir, settings.registry_path),
+    )
     assert [path.relative_to(settings.directory).name for path in paths] == [
         "samples.sqlite",
         "releases",
         "keys",
         "builds",
+        "objects",
+        "registry.sqlite",
     ]
 
 
@@ -69,15 +74,14 @@ def test_file_needs_little_and_the_rest_has_defaults(write, tmp_path):
         ({"data_dir": None}, "data_dir"),
         ({"models": None}, "models"),
         ({"colour": 1}, "colour"),
-        ({"seed": "seven"}, r"\$\.seed"),
+        ({"train_threads": "two"}, r"\$\.train_threads"),
         ({"train_threads": 0}, r"\$\.train_threads"),
         ({"parallel_builds": 0}, r"\$\.parallel_builds"),
         ({"retained_budget_bytes": 0}, r"\$\.retained_budget_bytes"),
         ({"state_interval_s": 0.0}, r"\$\.state_interval_s"),
         ({"state_interval_s": 601.0}, r"\$\.state_interval_s"),
         ({"models": [{}]}, "name"),
-        ({"models": [{"name": "digits", "min_new_labels": 0}]}, r"min_new_labels"),
-        ({"models": [{"name": "digits", "max_releases": -1}]}, r"max_releases"),
+        ({"models": [{"name": "digits", "pipeline": 1}]}, r"pipeline"),
         ({"models": [{"name": "digits", "colour": 1}]}, "colour"),
         ({"broker": {"password": "x"}}, "password"),
     ],

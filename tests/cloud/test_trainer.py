@@ -1,21 +1,34 @@
 """The trainer with builds that end when a test says so."""
 
-import sys
 from collections import Counter
 
-import msgspec
+import numpy as np
 import pytest
 
-from cloud.build import BuildReport, report_path
+from cloud.pipelines.file import parse_pipeline
+from cloud.pipelines.registry import Registry, ReleaseReport, Run, Status
 from cloud.sample_store import SampleStore, StoredLabel, StoredSample
-from cloud.settings import CloudSettings, ModelSettings
+from cloud.settings import CloudSettings
 from cloud.trainer import Trainer, process_starter
 from shoal.inbox import Inbox
 from shoal.routes import ROUTES, Route, topic
 from shoal.v1 import command_pb2 as pb
+from shoal.v1.inference_pb2 import ASK_REASON_AUDIT
 
 LATER_US = 1 << 62
+PIPELINE = """
+model: {}
+task: vision
+triggers: {}
+steps:
+  - name: train_model
+    inputs: samples
+"""
 MIN_NEW = 3
+
+
+def pipeline_of(name, **triggers):
+    return parse_pipeline(PIPELINE.format(name, {"new_labels": MIN_NEW, **triggers}), name)
 
 
 class FakeBuild:
@@ -59,23 +72,33 @@ class MemoryLink:
 
 
 class Rig:
+    """A trainer of models that are given by name and triggers."""
+
     def __init__(self, directory, *models, parallel_builds=2):
-        self.settings = CloudSettings(
-            data_dir=str(directory),
-            models=[ModelSettings(min_new_labels=MIN_NEW, **model) for model in models],
-            parallel_builds=parallel_builds,
-        )
+        self.settings = CloudSettings(data_dir=str(directory), models=[], parallel_builds=parallel_builds)
+        self.pipelines = [pipeline_of(**model) for model in models]
         self.samples = SampleStore(self.settings.samples_path)
+        self.registry = Registry(self.settings.registry_path)
         self.builds = []
+        self.reasons = []
         self.labels = 0
+        self.trainer = None
         self.restart()
 
     def restart(self):
+        if self.trainer is not None:
+            self.trainer.close()
         self.link = MemoryLink()
-        self.trainer = Trainer(self.settings, self.link, self.samples, self._start)
+        self.trainer = Trainer(self.settings, self.link, self.samples, pipelines=self.pipelines, start_run=self._start)
 
-    def _start(self, model):
+    def close(self):
+        self.trainer.close()
+        self.samples.close()
+        self.registry.close()
+
+    def _start(self, model, reason):
         self.builds.append(FakeBuild(model))
+        self.reasons.append(reason)
         return self.builds[-1]
 
     def started(self):
@@ -88,12 +111,44 @@ class Rig:
             self.samples.add_labels([StoredLabel("cam", bytes(16), seq, 1, pb.LABEL_SOURCE_PERSON, "", 0)])
         self.labels += count
 
+    def audit(self, model, scores, release=1):
+        """Bring samples of the audit share, in order."""
+        first = self.samples.count()
+        self.samples.add(
+            StoredSample(
+                "a", bytes(16), seq, model, "gw", ASK_REASON_AUDIT, "", 0, 0, b"", release, score, 1, *(None,) * 3
+            )
+            for seq, score in enumerate(scores, start=first)
+        )
+
     def report(self, model, release):
-        """Leave what a build leaves that begins now."""
+        """Leave what a run leaves that begins now."""
+        self.end_run(model, Status.DONE, release)
         labelled = self.samples.count_labelled(model)
-        path = report_path(self.settings.builds_dir, model, release)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(msgspec.json.encode(BuildReport(model, release, release - 1, labelled, 0, {}, {}, {})))
+        self.registry.put_release(ReleaseReport(model, release, release - 1, labelled, 0, {}, {}, {}), "run")
+
+    def end_run(self, model, status, release=0):
+        labelled = self.samples.count_labelled(model)
+        run = Run(
+            f"{release:04d}.{model}",
+            model,
+            "p",
+            "",
+            "",
+            0,
+            0,
+            1,
+            labelled,
+            "",
+            "",
+            "{}",
+            "",
+            status.value,
+            "",
+            1,
+            release,
+        )
+        self.registry.begin(run)
 
     def ask(self, model):
         command = pb.Command(id=b"%d" % len(self.link.results), expires_at_us=LATER_US)
@@ -114,7 +169,7 @@ def rig(tmp_path):
 
     yield make
     for one in made:
-        one.samples.close()
+        one.close()
 
 
 def test_first_release_is_built_at_once_and_only_once(rig):
@@ -177,7 +232,7 @@ def test_failed_build_is_tried_again_after_a_while(rig, code):
 
 
 def test_trainer_goes_on_where_it_was(rig):
-    """A restarted trainer knows from the reports what was built and from how many labels."""
+    """A restarted trainer knows from the registry what was made and from how many labels."""
     rig = rig({"name": "digits", "max_releases": 12})
     rig.label("digits", 5)
     for release in range(1, 12):
@@ -222,6 +277,37 @@ def test_question_for_a_build_that_never_comes_is_refused(rig):
     assert rig.started() == []
 
 
+def test_refused_run_is_not_tried_again_with_the_same_labels(rig):
+    """The gate would say no again, every thirty seconds; new labels may change that."""
+    rig = rig({"name": "digits"})
+    rig.label("digits", 5)
+    rig.trainer.tick(0.0)
+    rig.end_run("digits", Status.REFUSED)
+    rig.builds[0].code = 2
+    rig.trainer.tick(1.0)
+    rig.trainer.tick(100.0)
+    assert rig.started() == ["digits"]
+    rig.label("digits", MIN_NEW)
+    rig.trainer.tick(101.0)
+    assert rig.reasons == ["first release", f"{MIN_NEW} new labels"]
+
+
+def test_drift_makes_fewer_labels_enough(rig):
+    """Also after a restart, which looks at all scores again."""
+    rng = np.random.default_rng(5)
+    rig = rig({"name": "digits", "new_labels": 500, "drift": {"new_labels": 2}})
+    rig.report("digits", 1)
+    rig.restart()
+    rig.label("digits", 2)
+    rig.audit("digits", rng.beta(1, 9, 1500).tolist())
+    rig.trainer.tick(0.0)
+    assert (rig.started(), rig.trainer.counters["drifted.digits"]) == ([], 0)
+    rig.audit("digits", rng.beta(3, 5, 1500).tolist())
+    rig.restart()
+    rig.trainer.tick(1.0)
+    assert (rig.reasons, rig.trainer.counters["drifted.digits"]) == (["drift, 2 new labels"], 1)
+
+
 def test_close_ends_the_builds_that_run(rig):
     """No build outlives its trainer."""
     rig = rig({"name": "a"}, {"name": "b"})
@@ -233,11 +319,14 @@ def test_close_ends_the_builds_that_run(rig):
     assert [build.calls for build in rig.builds] == [[], ["terminate", "wait"]]
 
 
-def test_build_is_a_process_of_its_own(tmp_path, capfd):
-    """The default starter runs `cloud.build` on the same file; a model that it lacks is exit status 2."""
+def test_run_is_a_process_of_its_own(tmp_path, capfd):
+    """The default starter runs `cloud.pipelines` on the same file; a model that it lacks is exit status 2."""
     config = tmp_path / "cloud.toml"
     config.write_text(f'data_dir = "{tmp_path}"\nmodels = []\n')
-    process = process_starter(config)("engine")
-    assert process.args == [sys.executable, "-m", "cloud.build", "--config", str(config), "--model", "engine"]
+    process = process_starter(config)("engine", "asked for")
+    assert process.args[1:] == [
+        *("-m", "cloud.pipelines", "--config", str(config)),
+        *("--model", "engine", "--reason", "asked for"),
+    ]
     assert process.wait(30) == 2
-    assert f"{config} has no model 'engine'" in capfd.readouterr().err
+    assert f"{config} has no pipeline for model 'engine'" in capfd.readouterr().err

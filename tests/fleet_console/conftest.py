@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from cloud.build import BuildReport
+from cloud.pipelines.registry import ReleaseReport
 from fleet_console.demo.measure import uplink
 from fleet_console.demo.observer import Seen
 from fleet_console.demo.report import Evidence
@@ -83,7 +83,7 @@ def sensors(read, reply):
 
 @pytest.fixture
 def build():
-    return BuildReport(
+    return ReleaseReport(
         model="digits",
         release=2,
         parent=1,

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet_console.demo import charts
-from fleet_console.demo.charts import Frame, Scores
+from fleet_console.demo.charts import Scores
 from fleet_console.demo.measure import AccuracyPoint, Mark, Uplink
+from fleet_console.drawing import Frame
 from shoal.delivery.ledger import Account
 
 POINTS = [AccuracyPoint(1.5, 0.99, 0.99, 20), AccuracyPoint(4.5, 0.4, 0.7, 20), AccuracyPoint(7.5, 0.95, 0.97, 20)]

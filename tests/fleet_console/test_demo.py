@@ -309,7 +309,7 @@ def test_ctrl_c_ends_all_of_it(start, tmp_path):
     assert poll((tmp_path / "run" / "pids.json").exists, PATIENCE_S)
     with pytest.raises(subprocess.TimeoutExpired):
         demo.wait(3)
-    assert poll(lambda: any("cloud.build" in words for words in processes_of(tmp_path).values()), PATIENCE_S)
+    assert poll(lambda: any("cloud.pipelines" in words for words in processes_of(tmp_path).values()), PATIENCE_S)
     pids = json.loads((tmp_path / "run" / "pids.json").read_text())
     assert {"publisher", "ingest", "trainer", "gateway", "labeller", "sensors", "cameras"} == set(pids)
     running = processes_of(tmp_path)

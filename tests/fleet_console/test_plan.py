@@ -1,8 +1,11 @@
 """The demo's configuration: what is written is what its processes read."""
 
+from pathlib import Path
+
 import msgspec
 import pytest
 
+from cloud.pipelines.file import load_pipeline
 from cloud.settings import CloudSettings
 from cloud.tasks import TASKS
 from edge_gateway.service import GatewaySettings
@@ -40,7 +43,8 @@ def config(options):
 def test_every_process_reads_what_was_meant(config, options, name):
     """Each file is accepted by its process's own settings and gives the same values back, bounds included."""
     assert load_config(options.run_dir / f"{name}.toml", KINDS[name]) == getattr(config, name)
-    assert {path.stem for path in options.run_dir.iterdir()} == set(KINDS)
+    assert {path.stem for path in options.run_dir.glob("*.toml")} == set(KINDS)
+    assert [load_pipeline(Path(model.pipeline)) for model in config.cloud.models] == list(config.pipelines)
 
 
 def test_processes_share_the_broker_and_nothing_else(config, options):
@@ -58,12 +62,12 @@ def test_processes_share_the_broker_and_nothing_else(config, options):
 def test_story_can_come_to_its_end(config):
     """Both models are built here and served by the gateway; the cameras drift, get a release, and are labelled."""
     assert [model.name for model in config.cloud.models] == config.gateway.models == [SENSORS, CAMERAS]
-    assert set(TASKS) >= {SENSORS, CAMERAS}
+    assert [pipeline.model for pipeline in config.pipelines] == [SENSORS, CAMERAS]
+    assert {pipeline.task for pipeline in config.pipelines} <= set(TASKS)
     assert (config.sensors.kind, config.cameras.kind) == (FleetKind.SENSORS.value, FleetKind.CAMERAS.value)
     assert (config.sensors.model, config.cameras.model) == (SENSORS, CAMERAS)
     assert (config.sensors.drifts, config.cameras.drifts) == (False, True)
-    assert config.cloud.model(SENSORS).max_releases == 1
-    assert config.cloud.model(CAMERAS).max_releases == 2
+    assert [pipeline.triggers.max_releases for pipeline in config.pipelines] == [1, 2]
     assert config.labeller.models == [CAMERAS]
     assert config.sensors.site == config.cameras.site == config.gateway.site
     assert config.sensors.prefix != config.cameras.prefix
@@ -72,7 +76,7 @@ def test_story_can_come_to_its_end(config):
 
 def test_seed_decides_for_everybody(config):
     """Training and readings follow the one number of the command line."""
-    assert {config.cloud.seed, config.sensors.seed, config.cameras.seed} == {8}
+    assert {config.sensors.seed, config.cameras.seed, *(pipeline.seed for pipeline in config.pipelines)} == {8}
 
 
 @pytest.mark.parametrize(("quick", "sizes"), [(True, QUICK), (False, FULL)])
@@ -83,7 +87,7 @@ def test_sizes_reach_the_fleets(tmp_path, quick, sizes):
     assert (config.sensors.readings, config.sensors.rate_hz) == (sizes.sensor_readings, sizes.sensor_rate_hz)
     assert (config.cameras.readings, config.cameras.rate_hz) == (sizes.camera_readings_before, sizes.camera_rate_hz)
     assert config.cameras.readings_after == sizes.camera_readings_after
-    assert config.cloud.model(CAMERAS).min_new_labels == sizes.min_new_labels
+    assert config.pipelines[1].triggers.new_labels == sizes.min_new_labels
     assert config.labeller.delay_s == sizes.label_delay_s
     reading_s = sizes.sensor_readings / sizes.devices / sizes.sensor_rate_hz
     assert reading_s < (120 if quick else 300) < sizes.max_s
