@@ -90,11 +90,19 @@ bench-gateway: venv $(MOSEC)/.installed ## Measure the gateway beside mosec, an 
 bench-uplink: venv ## Measure what a device's upload budget finds, on real data
 	@$(BIN)/python benchmarks/uplink.py $(ARGS)
 
+bench-compression: venv venv-device ## Measure what pruning and int8 make of four networks in three runtimes (minutes)
+	@$(BIN)/python -m benchmarks.compression $(ARGS)
+
 bench-nab: venv ## Measure the anomaly detector beside those that NAB published (needs ../shared/data)
 	@PYTHONPATH=. $(BIN)/python benchmarks/nab.py --draw $(ARGS)
 
 bench-skab: venv ## Measure the anomaly detector on a water pump's eight channels (needs ../shared/data)
 	@PYTHONPATH=. $(BIN)/python benchmarks/skab.py $(ARGS)
+
+bench-nab-synthetic: venv ## Measure NAB's threshold, frozen, on made-up series of many kinds (minutes)
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	PYTHONPATH=. $(BIN)/python benchmarks/nab_synthetic.py --out "$$folder" && \
+	PYTHONPATH=. $(BIN)/python benchmarks/nab.py --data "$$folder" --threshold 2.3298 $(ARGS)
 
 bench-outbox: venv ## Measure what the outbox writes to flash for each answered question (needs strace)
 	@PYTHONPATH=. $(BIN)/python benchmarks/outbox_flash.py $(ARGS)

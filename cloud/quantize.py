@@ -23,8 +23,15 @@ _BOUNDARY = (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT)
 
 
 def calibration_rows(rows: NDArray[np.float32], count: int, seed: int) -> NDArray[np.float32]:
-    """Draw rows at random, without repeats: (min(count, n), *shape). In order they would be of a few classes only."""
-    chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
+    """Choose rows, without repeats: (min(count, n), *shape), first those with a channel's least or greatest value.
+
+    Without them a rare ordinary reading saturates, comes out wrong and scores above every anomaly. The others are drawn
+    at random; in order they would be of a few classes only.
+    """
+    drawn = np.random.default_rng(seed).permutation(len(rows))
+    channels = rows.reshape(len(rows), -1, rows.shape[-1] if rows.ndim > 1 else 1)
+    is_extreme = np.isin(drawn, [channels.min(axis=1).argmin(axis=0), channels.max(axis=1).argmax(axis=0)])
+    chosen: NDArray[np.int64] = np.concatenate([drawn[is_extreme], drawn[~is_extreme]])[:count]
     return rows[chosen]
 
 

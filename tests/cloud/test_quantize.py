@@ -92,6 +92,16 @@ def test_calibration_rows_are_drawn_without_repeats(total, count, seed):
     assert np.array_equal(drawn, calibration_rows(rows, count, seed))
 
 
+def test_calibration_rows_span_what_training_saw():
+    """A rare reading that calibration missed would saturate; extremes of each channel come along, whatever the seed."""
+    rows = np.random.default_rng(0).normal(size=(500, 6, 3)).astype(np.float32)
+    rows[7, 2, 1], rows[300, 5, 2] = 50.0, -40.0
+    for seed in range(5):
+        drawn = calibration_rows(rows, 8, seed)
+        assert np.array_equal(drawn.min(axis=(0, 1)), rows.min(axis=(0, 1)))
+        assert np.array_equal(drawn.max(axis=(0, 1)), rows.max(axis=(0, 1)))
+
+
 def test_calibration_rows_are_not_the_first_ones():
     """Data sorted by class would calibrate on one class only."""
     assert calibration_rows(np.arange(1000, dtype=np.float32), 100, 0).max() > 900
