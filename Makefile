@@ -104,6 +104,9 @@ bench-nab-synthetic: venv ## Measure NAB's threshold, frozen, on made-up series 
 	PYTHONPATH=. $(BIN)/python benchmarks/nab_synthetic.py --out "$$folder" && \
 	PYTHONPATH=. $(BIN)/python benchmarks/nab.py --data "$$folder" --threshold 2.3298 $(ARGS)
 
+bench-detectors: venv ## Measure the detectors of the sensor task beside each other (minutes)
+	@PYTHONPATH=. $(BIN)/python benchmarks/detectors.py $(ARGS)
+
 bench-outbox: venv ## Measure what the outbox writes to flash for each answered question (needs strace)
 	@PYTHONPATH=. $(BIN)/python benchmarks/outbox_flash.py $(ARGS)
 

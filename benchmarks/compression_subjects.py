@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -12,14 +13,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from cloud.models.layers import fold_batch_norms
+from cloud.models.layers import fold_for_export
 from cloud.models.resnet import resnet8, resnet18
 from cloud.prune import PruningPlan, prune_and_tune, prune_weights
 from cloud.quantize import calibration_rows
 from cloud.tasks.base import GateLimits, LabelledSamples, Task, TrainingData, TrainingPlan
 from cloud.tasks.datasets import SHUTTLE_STREAM, digits_images, digits_stream, shuttle_rows
-from cloud.tasks.digits import DigitsTask
-from cloud.tasks.shuttle import ShuttleTask
+from cloud.tasks.sensor import SensorTask
+from cloud.tasks.vision import VisionTask
 from cloud.training import train
 from shoal.scoring import scale, score_rows
 from shoal.v1 import release_pb2 as pb
@@ -37,6 +38,7 @@ _PHOTO_TEST = 160
 _PIXEL_MEAN, _PIXEL_STD = 120.0, 60.0
 # What int8 may cost of a metric.
 _MAX_DROP = 0.005
+_DIGITS: Mapping[str, object] = MappingProxyType({"data": "digits"})
 
 # Of outputs (n, ...) on the test rows with these numbers.
 Metric = Callable[[NDArray[np.float32], NDArray[np.int64]], float]
@@ -69,10 +71,12 @@ class Subject:
     resamples: int = 1000
 
 
-class LargeDigitsTask(DigitsTask):
+class LargeDigitsTask(VisionTask):
     """The digits, every pixel repeated to 4x4, so that a ResNet-8 costs what it does on the 32x32 it was made for."""
 
-    shape: tuple[int, ...] = (8 * _ENLARGED, 8 * _ENLARGED, 1)
+    def __init__(self) -> None:
+        super().__init__("resnet8", _DIGITS, Path())
+        self.shape = (8 * _ENLARGED, 8 * _ENLARGED, 1)
 
     def prepare(self, extra: LabelledSamples | None) -> TrainingData:
         data = super().prepare(extra)
@@ -83,10 +87,12 @@ class LargeDigitsTask(DigitsTask):
         return resnet8(channels=1, classes=self.classes)
 
 
-class PhotosTask(DigitsTask):
+class PhotosTask(VisionTask):
     """Photographs of ten classes at 64x64, on which a ResNet-18 takes minutes to train; those that judge it left out."""
 
-    shape: tuple[int, ...] = (64, 64, 3)
+    def __init__(self) -> None:
+        super().__init__("resnet18", _DIGITS, Path())
+        self.shape = (64, 64, 3)
 
     def prepare(self, extra: LabelledSamples | None) -> TrainingData:
         del extra
@@ -111,7 +117,7 @@ def _enlarge(samples: LabelledSamples) -> LabelledSamples:
 
 def autoencoder(seed: int, threads: int, share: float) -> Subject:
     """The gateway's of the shuttle task, judged on every fourth reading of the fleet's stream."""
-    task = ShuttleTask()
+    task = SensorTask("autoencoder", {"data": "shuttle"}, Path())
     plan = task.plans[_TIER]
     tuning = TrainingPlan(plan.steps, plan.batch_rows, plan.learning_rate / 2)
     test = shuttle_rows().take(SHUTTLE_STREAM).take(slice(None, None, 4))
@@ -120,7 +126,7 @@ def autoencoder(seed: int, threads: int, share: float) -> Subject:
 
 def cnn(seed: int, threads: int, share: float) -> Subject:
     """The gateway's of the digits task, judged on the 1,097 images of the fleet's stream."""
-    task = DigitsTask()
+    task = VisionTask("cnn", _DIGITS, Path())
     plan, tuning = task.plans[_TIER], TrainingPlan(steps=1000, batch_rows=64, learning_rate=4e-3)
     test = digits_images().take(digits_stream())
     return _trained("cnn", task, test, plan, tuning, (seed, threads, share), zeroed=True)
@@ -156,7 +162,7 @@ def _trained(
     return Subject(
         name,
         task.shape,
-        {variant: fold_batch_norms(each) for variant, each in modules.items()},
+        {variant: fold_for_export(each) for variant, each in modules.items()},
         calibration_rows(scale(data.train.x, data.schema()), _CALIBRATION_ROWS, seed),
         rows,
         task.metric_name,
@@ -204,7 +210,7 @@ def large_resnet(seed: int, threads: int, share: float) -> Subject:
     plan = TrainingPlan(steps=200, batch_rows=64, learning_rate=3e-3)
     tuning = TrainingPlan(steps=120, batch_rows=64, learning_rate=1.5e-3)
     modules = _train_and_prune(task, data, plan, tuning, (seed, threads, share))
-    folded = {variant: fold_batch_norms(_settle(module, calibration)) for variant, module in modules.items()}
+    folded = {variant: fold_for_export(_settle(module, calibration)) for variant, module in modules.items()}
     return Subject(
         "resnet18",
         (_SIDE, _SIDE, 3),

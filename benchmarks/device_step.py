@@ -42,10 +42,9 @@ _MAKE = """
 import sys, numpy as np, torch
 from cloud.export import to_tflite
 from cloud.quantize import quantize_tflite
-from cloud.tasks.shuttle import ShuttleTask
-from shoal.v1.release_pb2 import TIER_DEVICE
+from cloud.models.detectors import autoencoder
 torch.manual_seed(5)
-data = to_tflite(ShuttleTask().build_model(TIER_DEVICE), (9,))
+data = to_tflite(autoencoder((9,), (16, 3)), (9,))
 open(sys.argv[1] + "/float32.tflite", "wb").write(data)
 open(sys.argv[1] + "/int8.tflite", "wb").write(quantize_tflite(data, np.random.default_rng(5).normal(size=(64, 9)).astype("f4")))
 """

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from benchmarks.gateway.models import MODELS
 from cloud.export import to_onnx
-from cloud.models.layers import fold_batch_norms
+from cloud.models.cnn import Cnn
+from cloud.models.layers import fold_for_export
 from cloud.models.resnet import resnet18
 from cloud.quantize import quantize_onnx
-from cloud.tasks.digits import DigitsTask
-from shoal.v1.release_pb2 import Tier
 
 _SEED = 5
 _CALIBRATION_ROWS = 64
@@ -44,11 +43,11 @@ def _mlp() -> nn.Module:
 
 def _cnn() -> nn.Module:
     """The gateway's own model of the digits task, 8x8 images."""
-    return _Scaled(DigitsTask().build_model(Tier.TIER_GATEWAY))
+    return _Scaled(Cnn((8, 8, 1), 10, (32, 64, 64), hidden=64))
 
 
 def _resnet18() -> nn.Module:
-    return _Scaled(fold_batch_norms(resnet18(channels=3, classes=1000)))
+    return _Scaled(fold_for_export(resnet18(channels=3, classes=1000)))
 
 
 _MAKERS = {"mlp": _mlp, "cnn": _cnn, "resnet18": _resnet18}

@@ -1,6 +1,7 @@
 """Layers that the exporters, the pruner and the models must agree on."""
 
 import copy
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -32,8 +33,18 @@ class LinearOfMaps(nn.Module):
         self._is_channels_last = not self._is_channels_last
 
 
+@runtime_checkable
+class Foldable(Protocol):
+    """A layer that trains in one form and ships in another that answers the same."""
+
+    def folded(self) -> nn.Module: ...
+
+
 class NormedConvolution(nn.Module):
-    """A convolution without bias, then batch norm; `fold_batch_norms` makes one convolution of the two."""
+    """A convolution without bias, then batch norm; ships as one convolution.
+
+    Left apart, the norm is a node that int8 rounds once more.
+    """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
@@ -44,15 +55,18 @@ class NormedConvolution(nn.Module):
         result: torch.Tensor = self.norm(self.convolution(maps))
         return result
 
+    def folded(self) -> nn.Module:
+        return fuse_conv_bn_eval(self.convolution, self.norm)
 
-def fold_batch_norms(module: nn.Module) -> nn.Module:
-    """Return a copy, ready for export, that answers the same with no batch norm left in a `NormedConvolution`.
 
-    Left apart, each one is a node that int8 rounds once more.
-    """
-    folded = copy.deepcopy(module).eval()
-    for parent in list(folded.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, NormedConvolution):
-                setattr(parent, name, fuse_conv_bn_eval(child.convolution, child.norm))
-    return folded
+def fold_for_export(module: nn.Module) -> nn.Module:
+    """Return a copy, ready for export, in which each `Foldable` has the form in which it ships."""
+    return _folded(copy.deepcopy(module).eval())
+
+
+def _folded(module: nn.Module) -> nn.Module:
+    if isinstance(module, Foldable):
+        return module.folded()
+    for name, child in module.named_children():
+        setattr(module, name, _folded(child))
+    return module

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cloud import export, gate, mixed, prune, quantize, training
+from cloud.models.layers import fold_for_export
 from cloud.pipelines.file import PruneParameters, Pruning, QuantizeParameters, TrainParameters
 from cloud.pipelines.work import TIERS, Made, Tier, Work, artefact_name
 from cloud.tasks.base import TrainingPlan
@@ -113,6 +114,7 @@ def quantize_model(work: Work, parameters: QuantizeParameters) -> Made:
 
 
 def _export(tier: Tier, module: nn.Module, shape: tuple[int, ...], rows: NDArray[np.float32]) -> _Exported:
+    module = fold_for_export(module)
     if tier.suffix == "onnx":
         model = export.to_onnx(module, shape)
         return _Exported(model, quantize.onnx_nodes(model), partial(quantize.quantize_onnx, model, rows))

@@ -53,15 +53,21 @@ class TrainingData:
         train: what the training loop sees, repeats included.
         holdout: what chooses thresholds and what the gate scores.
         mean, std: (channel,) or (1,), the scaling that the release will carry.
+        window, stride: readings in a row that make one input, and from one start to the next; 1 where each is one.
     """
 
     train: LabelledSamples
     holdout: LabelledSamples
     mean: NDArray[np.float32]
     std: NDArray[np.float32]
+    window: int = 1
+    stride: int = 1
 
     def schema(self) -> pb.InputSchema:
-        return pb.InputSchema(shape=self.train.x.shape[1:], mean=self.mean.tolist(), std=self.std.tolist())
+        schema = pb.InputSchema(shape=self.train.x.shape[1:], mean=self.mean.tolist(), std=self.std.tolist())
+        if self.window > 1:
+            schema.window, schema.stride = self.window, self.stride
+        return schema
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,9 @@ sees only through labelled samples that came back.
 """
 
 import gzip
+import zipfile
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +61,23 @@ def digits_stream() -> NDArray[np.int64]:
 
 def _digits_order() -> NDArray[np.int64]:
     return np.random.default_rng(_DIGITS_SEED).permutation(1797)
+
+
+def load_samples(path: Path) -> LabelledSamples:
+    """Read a user's NPZ file with `x` (n, ...) and `y` (n,).
+
+    Raises:
+        ConfigError: it is not there, or does not hold finite rows with a label of at least 0 for each.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            x, y = np.asarray(file["x"], np.float32), np.asarray(file["y"], np.int64)
+            samples = LabelledSamples(x, y)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as exc:
+        raise ConfigError(f"{path}: {exc}") from exc
+    if not len(samples) or not np.isfinite(samples.x).all() or samples.y.min() < 0:
+        raise ConfigError(f"{path}: {len(samples)} rows, expected some, finite, with labels of at least 0")
+    return samples
 
 
 def _load_table(package: str, path: str, shape: tuple[int, int], skip_rows: int) -> NDArray[np.float32]:

@@ -11,14 +11,14 @@ from scipy import ndimage
 
 from cloud.tasks.base import LabelledSamples, Task, TrainingPlan
 from cloud.tasks.datasets import digits_images, digits_stream
-from cloud.tasks.digits import DigitsTask
+from cloud.tasks.vision import VisionTask
 from shoal.v1 import release_pb2 as pb
 from tests.cloud.toolchain import BuiltRelease, build_release, task_of
 
 LABELLED = 300  # the fewest that the design promises to learn from
 
 
-class BriefDigitsTask(DigitsTask):
+class BriefDigitsTask(VisionTask):
     """The real task, trained for too short a time to be good."""
 
     plans: Mapping[pb.Tier, TrainingPlan] = MappingProxyType(
@@ -28,7 +28,7 @@ class BriefDigitsTask(DigitsTask):
 
 @pytest.fixture(scope="session")
 def brief_task() -> Task:
-    return BriefDigitsTask()
+    return BriefDigitsTask("digits", {"data": "digits"}, Path())
 
 
 def drift(images: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:

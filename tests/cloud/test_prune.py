@@ -9,10 +9,9 @@ from cloud.export import to_tflite
 from cloud.models.resnet import resnet8
 from cloud.prune import ChannelPruner, PruningPlan, count_weights, prune_and_tune, prune_channels, prune_weights
 from cloud.tasks.base import TrainingPlan
-from cloud.tasks.digits import DigitsTask
-from cloud.tasks.shuttle import ShuttleTask
 from shoal.errors import ModelError
 from shoal.v1 import release_pb2 as pb
+from tests.cloud.toolchain import task_of
 
 TUNING = TrainingPlan(steps=18, batch_rows=64, learning_rate=2e-3)
 ROUNDS = 2
@@ -32,10 +31,10 @@ def cnn(brief_task):
 def models():
     torch.manual_seed(0)
     return {
-        "cnn": (DigitsTask().build_model(pb.TIER_GATEWAY), (8, 8, 1)),
-        "device cnn": (DigitsTask().build_model(pb.TIER_DEVICE), (8, 8, 1)),
+        "cnn": (task_of("digits").build_model(pb.TIER_GATEWAY), (8, 8, 1)),
+        "device cnn": (task_of("digits").build_model(pb.TIER_DEVICE), (8, 8, 1)),
         "resnet8": (resnet8(channels=1, classes=10), (16, 16, 1)),
-        "autoencoder": (ShuttleTask().build_model(pb.TIER_GATEWAY), (9,)),
+        "autoencoder": (task_of("shuttle").build_model(pb.TIER_GATEWAY), (9,)),
     }
 
 

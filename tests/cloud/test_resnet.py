@@ -6,7 +6,7 @@ from torch import nn
 
 from cloud import gate
 from cloud.export import to_onnx, to_tflite
-from cloud.models.layers import fold_batch_norms
+from cloud.models.layers import fold_for_export
 from cloud.models.resnet import resnet8, resnet18
 
 SHAPE = (16, 16, 1)
@@ -38,7 +38,7 @@ def answers(module, rows):
 
 def test_folding_changes_no_answer_and_leaves_no_batch_norm(trained, rows):
     """Export may fold; the module given stays as it was, for training goes on with it."""
-    folded = fold_batch_norms(trained)
+    folded = fold_for_export(trained)
     assert np.allclose(answers(folded, rows), answers(trained, rows), atol=1e-4)
     assert not any(isinstance(part, nn.BatchNorm2d) for part in folded.modules())
     assert any(isinstance(part, nn.BatchNorm2d) for part in trained.modules())
@@ -46,7 +46,7 @@ def test_folding_changes_no_answer_and_leaves_no_batch_norm(trained, rows):
 
 def test_resnet_answers_the_same_in_both_runtimes(trained, rows):
     """Residual additions and strides survive both exporters, and ONNX holds no node for batch norm."""
-    folded = fold_batch_norms(trained)
+    folded = fold_for_export(trained)
     model = to_onnx(folded, SHAPE)
     expected = answers(trained, rows)
     assert np.allclose(gate.onnx_runner(model)(rows), expected, atol=1e-4)
@@ -65,7 +65,7 @@ def test_networks_have_the_papers_weights(module, weights):
 
 def test_resnet18_halves_pictures_five_times():
     """224 pixels become maps of 7x7."""
-    module = fold_batch_norms(resnet18(channels=3, classes=10))
+    module = fold_for_export(resnet18(channels=3, classes=10))
     with torch.no_grad():
         maps = module.stages(module.stem(torch.zeros(1, 3, 224, 224)))
     assert maps.shape == (1, 512, 7, 7)

@@ -7,7 +7,7 @@ import pytest
 
 from cloud.pipelines.file import load_pipeline
 from cloud.settings import CloudSettings
-from cloud.tasks import TASKS
+from cloud.tasks import BUILT_IN
 from edge_gateway.service import GatewaySettings
 from fleet_console.broker import BrokerKind
 from fleet_console.demo.plan import CAMERAS, FULL, QUICK, SENSORS, Options, make_config
@@ -63,7 +63,7 @@ def test_story_can_come_to_its_end(config):
     """Both models are built here and served by the gateway; the cameras drift, get a release, and are labelled."""
     assert [model.name for model in config.cloud.models] == config.gateway.models == [SENSORS, CAMERAS]
     assert [pipeline.model for pipeline in config.pipelines] == [SENSORS, CAMERAS]
-    assert {pipeline.task for pipeline in config.pipelines} <= set(TASKS)
+    assert {pipeline.task for pipeline in config.pipelines} <= set(BUILT_IN)
     assert (config.sensors.kind, config.cameras.kind) == (FleetKind.SENSORS.value, FleetKind.CAMERAS.value)
     assert (config.sensors.model, config.cameras.model) == (SENSORS, CAMERAS)
     assert (config.sensors.drifts, config.cameras.drifts) == (False, True)
