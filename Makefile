@@ -107,6 +107,12 @@ bench-nab-synthetic: venv ## Measure NAB's threshold, frozen, on made-up series 
 bench-detectors: venv ## Measure the detectors of the sensor task beside each other (minutes)
 	@PYTHONPATH=. $(BIN)/python benchmarks/detectors.py $(ARGS)
 
+bench-training: venv ## Measure the trainer beside a bare loop (on a GPU where there is one)
+	@PYTHONPATH=. $(BIN)/python benchmarks/training.py $(ARGS)
+
+bench-replay: venv ## Measure what a fleet forgets when it learns what is new (a minute)
+	@PYTHONPATH=. $(BIN)/python benchmarks/replay.py $(ARGS)
+
 bench-outbox: venv ## Measure what the outbox writes to flash for each answered question (needs strace)
 	@PYTHONPATH=. $(BIN)/python benchmarks/outbox_flash.py $(ARGS)
 

@@ -14,6 +14,7 @@ import torch_pruning
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
+from cloud.hardware import CPU, Hardware
 from cloud.models.layers import LinearOfMaps
 from cloud.tasks.base import Task, TrainingData, TrainingPlan
 from cloud.training import OnEpoch, train
@@ -51,6 +52,7 @@ def prune_and_tune(
     seed: int,
     checkpoint: Path,
     threads: int = 1,
+    hardware: Hardware = CPU,
     report: Callable[[str], None] = lambda _: None,
     on_epoch: OnEpoch = lambda *_: None,
 ) -> nn.Module:
@@ -76,6 +78,7 @@ def prune_and_tune(
             start=pruned,
             plan=pruning.tuning,
             threads=threads,
+            hardware=hardware,
             report=report,
             on_epoch=on_epoch,
         )

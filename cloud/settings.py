@@ -7,6 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from cloud.retained import RETAINED_BUDGET_BYTES
+from cloud.usage import Price
 from shoal.config import BrokerSettings
 from shoal.state import MAX_INTERVAL_S
 
@@ -31,6 +32,7 @@ class CloudSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     models: list[ModelSettings]
     broker: BrokerSettings = msgspec.field(default_factory=BrokerSettings)
     train_threads: _Count = 1
+    price: Price = Price()
     parallel_builds: _Count = 2
     retained_budget_bytes: _Count = RETAINED_BUDGET_BYTES
     state_interval_s: Annotated[float, Meta(gt=0, le=MAX_INTERVAL_S)] = 60.0

@@ -62,7 +62,7 @@ def opened_engine(
     if not settings.samples_path.is_file():
         raise ConfigError(f"{settings.samples_path} is not there: make it with `shoal keys init`")
     task = load_task(pipeline.task, pipeline.model, pipeline.parameters, path.parent)
-    engine = Engine(settings, pipeline, task, path.name, progress=progress)
+    engine = Engine(settings, pipeline, task, path, progress=progress)
     try:
         yield engine
     finally:

@@ -46,11 +46,12 @@ from cloud.pipelines.file import (
 from cloud.pipelines.objects import ObjectStore
 from cloud.pipelines.registry import MetricRow, Registry, ReleaseReport, Result, Run, Status, StepRow, StepStatus
 from cloud.pipelines.snapshot import data_digest, field_tree, read_field, read_samples, samples_tree
-from cloud.pipelines.work import TIERS, Made, Work
+from cloud.pipelines.work import TIERS, Made, TaskOrigin, Work
 from cloud.release_store import ReleaseStore
 from cloud.sample_store import SampleStore
 from cloud.settings import CloudSettings
 from cloud.tasks.base import Task, TrainingData
+from cloud.usage import find_gpu, measured_usage
 from shoal.errors import ConfigError, ShoalError
 
 log = logging.getLogger(__name__)
@@ -67,10 +68,11 @@ _PACKAGES = (
     "ai-edge-quantizer",
     "numpy",
 )
+_TRAINING = ("cloud/training.py", "cloud/hardware.py")
 _SOURCES: Mapping[type[Step], tuple[str, ...]] = MappingProxyType(
     {
-        TrainModel: ("cloud/training.py", "cloud/pipelines/steps.py"),
-        PruneModel: ("cloud/training.py", "cloud/prune.py", "cloud/pipelines/steps.py"),
+        TrainModel: (*_TRAINING, "cloud/peers.py", "cloud/train_job.py", "cloud/pipelines/steps.py"),
+        PruneModel: (*_TRAINING, "cloud/prune.py", "cloud/pipelines/steps.py"),
         QuantizeModel: ("cloud/export.py", "cloud/quantize.py", "cloud/mixed.py", "cloud/pipelines/steps.py"),
         EvaluateModel: ("cloud/gate.py", "cloud/pipelines/evaluate.py"),
         DeployToEdge: ("cloud/pipelines/deploy.py",),
@@ -145,7 +147,7 @@ class Engine:
         settings: the cloud's.
         pipeline: checked.
         task: of the pipeline.
-        name: of the pipeline's file.
+        path: of the pipeline's file.
         progress: who is told how a run goes.
         execute: runs any step but a deployment.
     """
@@ -155,7 +157,7 @@ class Engine:
         settings: CloudSettings,
         pipeline: Pipeline,
         task: Task,
-        name: str,
+        path: Path,
         *,
         progress: Progress,
         execute: Callable[[Step, Work], Made] = execute,
@@ -165,7 +167,7 @@ class Engine:
         self._settings = settings
         self._pipeline = pipeline
         self._task = task
-        self._name = name
+        self._path = path
         self._progress = progress
         self._execute_step = execute
         self._releases = ReleaseStore(settings.releases_dir)
@@ -257,7 +259,7 @@ class Engine:
         run = Run(
             id=f"{now:015x}{os.urandom(4).hex()}",
             model=self._pipeline.model,
-            pipeline=self._name,
+            pipeline=self._path.name,
             pipeline_digest=file_digest(self._pipeline),
             reason=reason,
             started_at_us=now,
@@ -309,22 +311,22 @@ class Engine:
 
     def _make(self, run: Run, step: Step, key: str, inputs: "_Inputs", row: StepRow) -> tuple[Result, StepRow]:
         """Run a step, then commit its result."""
-        started = time.monotonic()
         folder = self._settings.builds_dir / "work" / key
         folder.mkdir(parents=True, exist_ok=True)
         metrics = _Metrics(run.id, step.step_name, self._progress)
         try:
-            made = self._execute(run, step, inputs, folder, metrics)
+            with measured_usage(find_gpu()) as usage:
+                made = self._execute(run, step, inputs, folder, metrics)
         except ShoalError as exc:
             figures = exc.figures if isinstance(exc, RefusedError) else {}
-            seconds = time.monotonic() - started
-            self.registry.put_step(replace(row, status=StepStatus.FAILED, figures=figures, seconds=seconds))
+            self.registry.put_step(replace(row, status=StepStatus.FAILED, figures=figures, seconds=usage.seconds))
             raise
-        result = Result(self.objects.put(made.files), made.figures)
+        taken = usage.figures(self._settings.price)
+        result = Result(self.objects.put(made.files), {**made.figures, "usage": taken})
         self.registry.add_metrics(metrics.rows)
         self.registry.put_result(key, result, run.id, _now_us())
         shutil.rmtree(folder)
-        return result, replace(row, status=StepStatus.DONE, seconds=time.monotonic() - started)
+        return result, replace(row, status=StepStatus.DONE, seconds=usage.seconds)
 
     def _once(
         self, run_id: str, step: Step, inputs: "_Inputs", name: str, measurement: Callable[[], list[float]]
@@ -346,6 +348,7 @@ class Engine:
             return deploy_to_edge(step, inputs.files(step), depot, dt.datetime.now(dt.UTC))
         work = Work(
             task=self._task,
+            origin=TaskOrigin(self._pipeline.task, self._pipeline.parameters, self._path.parent),
             data=inputs.data,
             inputs=inputs.files(step),
             seed=self._pipeline.seed,

@@ -17,6 +17,7 @@ import msgspec
 import yaml
 from msgspec import UNSET, Meta, UnsetType
 
+from cloud.compute import Device, Precision
 from shoal.errors import ConfigError, PayloadError
 from shoal.ids import parse_id
 
@@ -55,7 +56,17 @@ class ByTier(_Checked, frozen=True):
 
 
 class TrainParameters(_Checked, frozen=True):
-    """How long and how hard is the task's to say."""
+    """Where and how precisely; how long and how hard is the task's to say.
+
+    Attributes:
+        device: auto is the GPU where there is one.
+        precision: auto is bfloat16 on a GPU, and float32 on a CPU.
+        processes: more than one train together by torchrun, each on a part of every batch.
+    """
+
+    device: Device = Device.AUTO
+    precision: Precision = Precision.AUTO
+    processes: Annotated[int, Meta(ge=1, le=64)] = 1
 
 
 @unique

@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cloud import export, gate, mixed, prune, quantize, training
+from cloud.compute import Device, Precision
+from cloud.hardware import choose_hardware
 from cloud.models.layers import fold_for_export
 from cloud.pipelines.file import PruneParameters, Pruning, QuantizeParameters, TrainParameters
 from cloud.pipelines.work import TIERS, Made, Tier, Work, artefact_name
 from cloud.tasks.base import TrainingPlan
+from cloud.train_job import Job, run_job
 from shoal.scoring import scale, score_rows
 
 _SEARCH_ROWS = 512
@@ -22,22 +25,47 @@ _SEARCH_ROWS = 512
 
 def train_model(work: Work, parameters: TrainParameters) -> Made:
     """Train both tiers from the beginning, so that a release depends on no chain of weights."""
-    del parameters
     files = {}
     for tier in TIERS:
         work.report(f"tier={tier.name} rows={len(work.data.train)}")
-        module = training.train(
-            work.task,
-            tier.number,
-            work.data,
-            seed=work.seed,
-            checkpoint=work.folder / f"{tier.name}.ckpt",
-            threads=work.threads,
-            report=work.report,
-            on_epoch=partial(_note_epoch, work, tier),
-        )
-        files[f"{tier.name}.pt"] = module_bytes(module)
+        train = _train_here if parameters.processes == 1 else _train_together
+        files[f"{tier.name}.pt"] = module_bytes(train(work, tier, parameters))
     return Made(files)
+
+
+def _train_here(work: Work, tier: Tier, parameters: TrainParameters) -> nn.Module:
+    return training.train(
+        work.task,
+        tier.number,
+        work.data,
+        seed=work.seed,
+        checkpoint=work.folder / f"{tier.name}.ckpt",
+        threads=work.threads,
+        hardware=choose_hardware(parameters.device, parameters.precision),
+        report=work.report,
+        on_epoch=partial(_note_epoch, work, tier),
+    )
+
+
+def _train_together(work: Work, tier: Tier, parameters: TrainParameters) -> nn.Module:
+    folder = work.folder / tier.name
+    folder.mkdir(exist_ok=True)
+    job = Job(
+        task=work.origin.name,
+        model=work.task.model,
+        parameters=dict(work.origin.parameters),
+        base=str(work.origin.base),
+        tier=tier.number,
+        seed=work.seed,
+        threads=work.threads,
+        device=parameters.device,
+        precision=parameters.precision,
+        plan=work.task.plans[tier.number],
+    )
+    for epoch, last, loss in run_job(folder, job, work.data, parameters.processes):
+        work.report(f"{job.model} {tier.name} epoch={epoch}/{last} loss={loss:.4f}")
+        _note_epoch(work, tier, epoch, last, loss)
+    return read_module((folder / "module.pt").read_bytes())
 
 
 def prune_model(work: Work, parameters: PruneParameters) -> Made:
@@ -68,6 +96,7 @@ def _prune(work: Work, tier: Tier, module: nn.Module, ratio: float, parameters: 
         seed=work.seed,
         checkpoint=work.folder / f"{tier.name}.ckpt",
         threads=work.threads,
+        hardware=choose_hardware(Device.AUTO, Precision.AUTO),
         report=work.report,
         on_epoch=partial(_note_epoch, work, tier),
     )

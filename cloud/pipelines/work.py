@@ -33,6 +33,15 @@ Once = Callable[[str, Callable[[], list[float]]], list[float]]
 
 
 @dataclass(frozen=True, slots=True)
+class TaskOrigin:
+    """What `cloud.tasks.load_task` made the task from, for processes that must make it again."""
+
+    name: str
+    parameters: Mapping[str, object]
+    base: Path
+
+
+@dataclass(frozen=True, slots=True)
 class Work:
     """One step of one run.
 
@@ -47,6 +56,7 @@ class Work:
     """
 
     task: Task
+    origin: TaskOrigin
     data: TrainingData
     inputs: Mapping[Kind, Mapping[str, bytes]]
     seed: int

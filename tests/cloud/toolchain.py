@@ -9,7 +9,7 @@ from cloud.pipelines import steps
 from cloud.pipelines.evaluate import evaluate_model, read_spec
 from cloud.pipelines.file import EvaluateParameters, Kind, QuantizeParameters, TrainParameters
 from cloud.pipelines.snapshot import PublishedRelease, field_tree
-from cloud.pipelines.work import TIERS, Work
+from cloud.pipelines.work import TIERS, TaskOrigin, Work
 from cloud.tasks import load_task
 from cloud.tasks.base import LabelledSamples, Task
 from shoal.v1 import release_pb2 as pb
@@ -52,7 +52,8 @@ def build_release(
 
     def work(**inputs: Mapping[str, bytes]) -> Work:
         kinds = {Kind(name): files for name, files in inputs.items()}
-        return Work(task=task, data=data, inputs=kinds, seed=seed, threads=1, folder=workdir, report=report)
+        origin = TaskOrigin("", {}, workdir)
+        return Work(task, origin, data, inputs=kinds, seed=seed, threads=1, folder=workdir, report=report)
 
     trained = steps.train_model(work(), TrainParameters())
     quantized = steps.quantize_model(work(modules=trained.files), QuantizeParameters())

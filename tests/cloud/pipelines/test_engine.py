@@ -4,6 +4,7 @@ import datetime as dt
 import hashlib
 import itertools
 from contextlib import closing
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -93,7 +94,7 @@ class Rig:
                 self.settings,
                 pipeline or self.pipeline,
                 self.task,
-                "p.yaml",
+                Path("p.yaml"),
                 progress=LoggedProgress("digits"),
                 execute=self.steps,
             )
