@@ -37,7 +37,7 @@ import numpy as np
 import psutil
 
 from cloud.ingest import read_group
-from cloud.sample_store import INSERT_SAMPLE, SampleStore
+from cloud.sqlite_store import INSERT_SAMPLE, SqliteSampleStore
 from fleet_console.broker import BrokerKind, find_mosquitto, start_broker
 from shoal.link import Link
 from shoal.link_config import node_identity, parse_broker_url
@@ -165,7 +165,7 @@ def raw(path, batches, per_transaction):
     """Seconds for the same rows by `executemany` alone; they are made before the clock starts."""
     samples = [read_group(GATEWAY, group, 1)[0] for batch in batches for group in batch.groups]
     rows = [(*sample, sample.digest) for group in samples for sample in group]
-    SampleStore(path).close()
+    SqliteSampleStore(path).close()
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
@@ -183,7 +183,7 @@ def write_config(folder, url):
         f'data_dir = "{folder / "cloud"}"\n[broker]\nurl = "{url}"\n[[models]]\nname = "{MODEL}"\n', encoding="utf-8"
     )
     (folder / "cloud").mkdir(parents=True)
-    SampleStore(folder / "cloud" / "samples.sqlite").close()
+    SqliteSampleStore(folder / "cloud" / "samples.sqlite").close()
     return config
 
 

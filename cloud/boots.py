@@ -15,12 +15,6 @@ _REMEMBERED = 65_536
 _BOOT_ID_BYTES = 16
 # Sums of two of these are integers to SQLite still.
 _LATEST_US = 1 << 61
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS boots (boot_id BLOB PRIMARY KEY, began_at_us INTEGER NOT NULL, is_exact INTEGER NOT NULL);
-CREATE VIEW IF NOT EXISTS dated_samples AS
-  SELECT samples.*, COALESCE(boots.began_at_us + samples.since_boot_us, samples.captured_at_us) AS dated_at_us
-  FROM samples LEFT JOIN boots USING (boot_id);
-"""
 _NOTE = """
 INSERT INTO boots VALUES (?, ?, ?) ON CONFLICT (boot_id) DO UPDATE
   SET began_at_us = excluded.began_at_us, is_exact = excluded.is_exact
@@ -42,7 +36,6 @@ class Boots:
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
-        self._db.executescript(_SCHEMA)
         self._known: OrderedDict[bytes, tuple[bool, int]] = OrderedDict()
 
     def note(self, state: NodeState, received_at_us: int, *, retained: bool) -> None:

@@ -13,8 +13,8 @@ from cloud.pipelines.command import load_pipelines
 from cloud.publisher import Publisher
 from cloud.release_store import ReleaseStore
 from cloud.repository import ROLLOUT, TOP_LEVEL, first_generation
-from cloud.sample_store import SampleStore
 from cloud.settings import CloudSettings
+from cloud.sqlite_store import SqliteSampleStore
 from shoal.config import link_config
 from shoal.errors import ConfigError
 from shoal.link import Link
@@ -55,7 +55,7 @@ def init(settings: CloudSettings, password: Password | None = None) -> Path:
         log.warning("key files are NOT encrypted directory=%s: `shoal keys init` encrypts", settings.keys_dir)
     releases = ReleaseStore(settings.releases_dir)
     releases.create(first_generation(keys, models, dt.datetime.now(dt.UTC)))
-    SampleStore(settings.samples_path).close()
+    SqliteSampleStore(settings.samples_path).close()
     root = settings.directory / "root.json"
     write_atomic(root, releases.root())
     return root
@@ -113,10 +113,10 @@ def run_publisher(settings: CloudSettings) -> None:
     service.close()
 
 
-def _open_samples(settings: CloudSettings) -> SampleStore:
+def _open_samples(settings: CloudSettings) -> SqliteSampleStore:
     if not settings.samples_path.is_file():
         raise ConfigError(f"{settings.samples_path} is not there: make it with `shoal cloud init`")
-    return SampleStore(settings.samples_path)
+    return SqliteSampleStore(settings.samples_path)
 
 
 def _open(settings: CloudSettings, service: str) -> tuple[Loop, Link]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from cloud.pipelines.drift import DriftWatch
 from cloud.pipelines.file import Pipeline
 from cloud.pipelines.registry import Registry
-from cloud.sample_store import SampleStore
+from cloud.sample_store import TriggerStore
 from cloud.settings import CloudSettings
 from cloud.triggers import TriggerState, why_run
 from shoal.commands import CommandDesk
@@ -57,7 +57,7 @@ class Trainer:
         self,
         settings: CloudSettings,
         link: Link,
-        samples: SampleStore,
+        samples: TriggerStore,
         *,
         pipelines: Sequence[Pipeline],
         start_run: StartRun,

@@ -48,8 +48,8 @@ from cloud.pipelines.registry import MetricRow, Registry, ReleaseReport, Result,
 from cloud.pipelines.snapshot import data_digest, field_tree, read_field, read_samples, samples_tree
 from cloud.pipelines.work import TIERS, Made, TaskOrigin, Work
 from cloud.release_store import ReleaseStore
-from cloud.sample_store import SampleStore
 from cloud.settings import CloudSettings
+from cloud.sqlite_store import SqliteSampleStore
 from cloud.tasks.base import Task, TrainingData
 from cloud.usage import find_gpu, measured_usage
 from shoal.errors import ConfigError, ShoalError
@@ -248,7 +248,7 @@ class Engine:
 
     def _snapshot(self, reason: str) -> Run:
         """Freeze what a run begins with."""
-        samples = SampleStore(self._settings.samples_path)
+        samples = SqliteSampleStore(self._settings.samples_path)
         try:
             # Counted before they are read, and with those that do not fit: what triggers compare their own count with.
             labelled = samples.count_labelled(self._pipeline.model)

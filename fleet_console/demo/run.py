@@ -12,7 +12,7 @@ from enum import Enum, unique
 from rich.console import Console
 
 from cloud.pipelines.registry import Registry, ReleaseReport
-from cloud.sample_store import SampleStore
+from cloud.sqlite_store import SqliteSampleStore
 from device_agent.runtime import runtime_name as device_runtime
 from edge_gateway.engine import runtime_name as gateway_runtime
 from fleet_console.broker import start_broker
@@ -71,7 +71,7 @@ class Demo:
         self.observer = Observer(self._link)
         self._readers = {fleet: JournalReader(options.run_dir / f"{fleet}.csv") for fleet in _FLEETS}
         self.journals = _Journals([], [])
-        self._samples = SampleStore(config.cloud.samples_path)
+        self._samples = SqliteSampleStore(config.cloud.samples_path)
         self._registry = Registry(config.cloud.registry_path)
         self._started = self._loop.clock()
         self._settling_since: float | None = None

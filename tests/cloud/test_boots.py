@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloud.sample_store import SampleStore, StoredSample
+from cloud.sample_store import StoredSample
+from cloud.sqlite_store import SqliteSampleStore
 from shoal.v1.node_pb2 import NodeState
 from shoal.v1.sensor_pb2 import TIME_QUALITY_SYNCED, TIME_QUALITY_UNSYNCED
 
@@ -26,7 +27,7 @@ def state(quality=TIME_QUALITY_SYNCED, since_boot_us=90_000_000, boot_id=BOOT, a
 
 @pytest.fixture
 def store(tmp_path):
-    with closing(SampleStore(tmp_path / "samples.sqlite")) as store:
+    with closing(SqliteSampleStore(tmp_path / "samples.sqlite")) as store:
         yield store
 
 
@@ -65,23 +66,9 @@ def test_what_was_learned_outlives_the_process(store, tmp_path):
     """A guess of the next process does not replace what this one knew exactly."""
     store.add([sample(1)])
     store.boots.note(state(), 1, retained=False)
-    with closing(SampleStore(tmp_path / "samples.sqlite")) as again:
+    with closing(SqliteSampleStore(tmp_path / "samples.sqlite")) as again:
         again.boots.note(state(TIME_QUALITY_UNSYNCED), 1, retained=False)
         assert dated(again) == {1: BEGAN_US + 7_000_000}
-
-
-def test_store_of_an_earlier_version_is_carried_over(tmp_path):
-    """Its samples stay, with no boot."""
-    path = tmp_path / "samples.sqlite"
-    with closing(SampleStore(path)) as store:
-        store.add([sample(1)])
-        store._db.execute("DROP VIEW dated_samples")
-        for name in ("boot_id", "since_boot_us"):
-            store._db.execute(f"ALTER TABLE samples DROP COLUMN {name}")
-    with closing(SampleStore(path)) as store:
-        store.add([sample(2)])
-        store.boots.note(state(), 1, retained=False)
-        assert dated(store) == {1: 55, 2: BEGAN_US + 7_000_000}
 
 
 STATES = st.builds(
@@ -96,7 +83,7 @@ STATES = st.builds(
 @given(state=STATES, retained=st.booleans())
 def test_no_state_breaks_it(tmp_path_factory, state, retained):
     """Numbers that SQLite has no integer for, and ids that are none, are passed over."""
-    with closing(SampleStore(tmp_path_factory.mktemp("s") / "samples.sqlite")) as store:
+    with closing(SqliteSampleStore(tmp_path_factory.mktemp("s") / "samples.sqlite")) as store:
         store.add([sample(1)])
         store.boots.note(state, 1 << 50, retained=retained)
         assert len(dated(store)) == 1

@@ -7,7 +7,8 @@ from contextlib import closing
 import pytest
 
 from cloud.ingest import Ingest
-from cloud.sample_store import MAX_SEQ, SampleStore
+from cloud.sample_store import MAX_SEQ
+from cloud.sqlite_store import SqliteSampleStore
 from shoal.codec import encode
 from shoal.link import Link
 from shoal.link_config import node_identity, parse_broker_url, service_identity
@@ -26,7 +27,7 @@ EPOCH = bytes(range(16))
 GATEWAY = "gw-01"
 
 
-class WatchedStore(SampleStore):
+class WatchedStore(SqliteSampleStore):
     """Says when something is committed, and breaks when it is told to."""
 
     def __init__(self, path, events):
@@ -388,6 +389,8 @@ def test_labels_are_stored_and_the_command_is_answered(rig):
         "source": pb.LABEL_SOURCE_PERSON,
         "author": "ann",
         "labelled_at_us": NOW_US,
+        "note": "",
+        "settles": 0,
     }
     rig.send(group(sample(1)))
     rig.until(lambda: rig.acks)

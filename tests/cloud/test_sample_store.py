@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloud.sample_store import MAX_SEQ, Fate, SampleStore, StoredLabel, StoredSample
+from cloud.sample_store import MAX_SEQ, Fate, StoredLabel, StoredSample
+from cloud.sqlite_store import SqliteSampleStore
 from shoal.tensors import to_tensor
 from shoal.v1.command_pb2 import LABEL_SOURCE_PERSON
 from shoal.v1.sensor_pb2 import EncodedImage, Scalars, SensorData
@@ -27,8 +28,9 @@ BATCH = 10
 WRITER = f"""
 import itertools, sys
 from pathlib import Path
-from cloud.sample_store import SampleStore, StoredSample
-store = SampleStore(Path(sys.argv[1]))
+from cloud.sample_store import StoredSample
+from cloud.sqlite_store import SqliteSampleStore
+store = SqliteSampleStore(Path(sys.argv[1]))
 for batch in range(int(sys.argv[2])):
     store.add(
         StoredSample("cam-00", bytes(16), batch * {BATCH} + index, "digits", "gw", 1, "", 0, batch, b"r",
@@ -69,7 +71,7 @@ def label(seq=1, value=7, **fields):
 
 @pytest.fixture
 def store(tmp_path):
-    with closing(SampleStore(tmp_path / "samples.sqlite")) as store:
+    with closing(SqliteSampleStore(tmp_path / "samples.sqlite")) as store:
         yield store
 
 
@@ -120,7 +122,7 @@ def test_each_part_of_the_key_counts(store, other):
 def test_first_word_stays_for_every_order_of_deliveries(calls):
     """For any repetition, over calls and within them: the first bytes of each key are what the store holds."""
     first = {}
-    with closing(SampleStore(Path(":memory:"))) as store:
+    with closing(SqliteSampleStore(Path(":memory:"))) as store:
         for call in calls:
             expected = []
             for seq, reading in call:
@@ -135,7 +137,7 @@ def test_every_column_comes_back(store):
     """What was stored is what is there, absent answers included, and the reference of each for reconciling."""
     stored = sample(seq=MAX_SEQ, received_at_us=9, boot_id=EPOCH, since_boot_us=12)
     store.add([stored])
-    said = (1, 0.5, 3, None, None, None, EPOCH, 12, stored.digest)
+    said = (1, 0.5, 3, None, None, None, EPOCH, 12, stored.digest, None)
     assert rows(store) == [("cam-00", EPOCH, MAX_SEQ, "digits", "gw-01", 1, stored.reference, 5, 9, b"reading", *said)]
     assert list(store.references()) == [("cam-00", EPOCH, MAX_SEQ, stored.reference)]
 
@@ -201,11 +203,12 @@ def test_label_may_come_before_its_sample(store):
     assert store.count_labelled("shuttle") == 0
 
 
-def test_last_label_counts(store):
-    """Whoever corrects a label is heard."""
+def test_last_word_of_an_author_counts(store):
+    """Whoever corrects a label is heard, and an old word that comes again is not."""
     store.add([sample(1, image(1))])
     store.add_labels([label(1, 7)])
-    store.add_labels([label(1, 8, author="bob")])
+    store.add_labels([label(1, 8, labelled_at_us=10)])
+    store.add_labels([label(1, 7)])
     assert store.labelled("digits", (8, 8, 1), 10).y.tolist() == [8]
     assert store.count_labelled("digits") == 1
 
@@ -226,8 +229,8 @@ def image(value):
     return SensorData(tensor=to_tensor(pixels)).SerializeToString()
 
 
-def test_labelled_samples_are_arrays_in_the_order_of_arrival(store):
-    """Scalars and tensors alike become (n, *shape) float32 beside (n,) int64."""
+def test_labelled_samples_are_arrays_in_the_order_of_their_keys(store):
+    """Scalars and tensors alike become (n, *shape) float32 beside (n,) int64; when they came changes nothing."""
     scalars = SensorData(scalars=Scalars(values=[4.0] * 64)).SerializeToString()
     store.add([sample(1, image(1), received_at_us=30), sample(2, scalars, received_at_us=10)])
     store.add([sample(3, image(3), received_at_us=20), sample(4, image(4), received_at_us=5)])
@@ -235,8 +238,8 @@ def test_labelled_samples_are_arrays_in_the_order_of_arrival(store):
     store.add_labels([label(1, 1), label(2, 2), label(3, 3), label(5, 5)])
     found = store.labelled("digits", (8, 8, 1), 10)
     assert (found.x.shape, found.x.dtype, found.y.dtype) == ((3, 8, 8, 1), np.float32, np.int64)
-    assert found.y.tolist() == [2, 3, 1]
-    assert found.x[:, 0, 0, 0].tolist() == [4.0, 3.0, 1.0]
+    assert found.y.tolist() == [1, 2, 3]
+    assert found.x[:, 0, 0, 0].tolist() == [1.0, 4.0, 3.0]
 
 
 def test_readings_of_another_shape_are_left_out(store):

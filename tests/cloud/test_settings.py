@@ -17,8 +17,8 @@ from cloud import services
 from cloud.keys import FileKeyStore
 from cloud.release_store import ReleaseStore
 from cloud.repository import ROLLOUT, parse_role
-from cloud.sample_store import SampleStore
 from cloud.settings import CloudSettings, ModelSettings
+from cloud.sqlite_store import SqliteSampleStore
 from shoal.config import load_config
 from shoal.errors import ConfigError
 from shoal.link import Link
@@ -125,7 +125,7 @@ def test_init_makes_keys_stores_and_the_root_that_nodes_trust(write):
         assert keys.signers(role)
     assert {path.stat().st_mode & 0o077 for path in settings.keys_dir.iterdir()} == {0}
     assert parse_role(store.load().roles[model_role("shuttle")]).version == 1
-    with closing(SampleStore(settings.samples_path)) as samples:
+    with closing(SqliteSampleStore(settings.samples_path)) as samples:
         assert samples.count() == 0
 
 
@@ -224,5 +224,5 @@ def test_services_serve_and_end_when_they_are_told_to(started, mosquitto):
     for process in processes.values():
         _, errors = process.communicate(timeout=PATIENCE_S)
         assert (process.returncode, "Traceback" in errors) == (0, False), errors
-    with closing(SampleStore(settings.samples_path)) as samples:
+    with closing(SqliteSampleStore(settings.samples_path)) as samples:
         assert list(samples.references()) == [("cam", bytes(16), 1, "")]

@@ -7,8 +7,9 @@ import pytest
 
 from cloud.pipelines.file import parse_pipeline
 from cloud.pipelines.registry import Registry, ReleaseReport, Run, Status
-from cloud.sample_store import SampleStore, StoredLabel, StoredSample
+from cloud.sample_store import StoredLabel, StoredSample
 from cloud.settings import CloudSettings
+from cloud.sqlite_store import SqliteSampleStore
 from cloud.trainer import Trainer, process_starter
 from shoal.inbox import Inbox
 from shoal.routes import ROUTES, Route, topic
@@ -77,7 +78,7 @@ class Rig:
     def __init__(self, directory, *models, parallel_builds=2):
         self.settings = CloudSettings(data_dir=str(directory), models=[], parallel_builds=parallel_builds)
         self.pipelines = [pipeline_of(**model) for model in models]
-        self.samples = SampleStore(self.settings.samples_path)
+        self.samples = SqliteSampleStore(self.settings.samples_path)
         self.registry = Registry(self.settings.registry_path)
         self.builds = []
         self.reasons = []

@@ -20,8 +20,9 @@ from cloud.pipelines.registry import Registry, Status
 from cloud.pipelines.work import TIERS, Made
 from cloud.release_orders import submit_release
 from cloud.release_store import ReleaseStore
-from cloud.sample_store import SampleStore, StoredLabel, StoredSample
+from cloud.sample_store import StoredLabel, StoredSample
 from cloud.settings import CloudSettings, ModelSettings
+from cloud.sqlite_store import SqliteSampleStore
 from cloud.tasks.datasets import digits_images
 from shoal.errors import ConfigError, ModelError
 from shoal.tensors import to_tensor
@@ -113,7 +114,7 @@ class Rig:
 
     def label(self, first, count):
         images = digits_images().take(slice(first, first + count))
-        with closing(SampleStore(self.settings.samples_path)) as samples:
+        with closing(SqliteSampleStore(self.settings.samples_path)) as samples:
             for seq, (values, label) in enumerate(zip(images.x, images.y.tolist(), strict=True), start=first):
                 reading = SensorData(tensor=to_tensor(values)).SerializeToString()
                 nothing = (None,) * 6
