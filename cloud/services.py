@@ -10,6 +10,7 @@ from pathlib import Path
 from cloud import ingest, trainer
 from cloud.keys import ROOT_KEYS, FileKeyStore, Password, key_password
 from cloud.pipelines.command import load_pipelines
+from cloud.pruning import Retention
 from cloud.publisher import Publisher
 from cloud.release_store import ReleaseStore
 from cloud.repository import ROLLOUT, TOP_LEVEL, first_generation
@@ -71,7 +72,13 @@ def run_ingest(settings: CloudSettings) -> None:
     loop, link = _open(settings, ingest.SERVICE)
     service = ingest.Ingest(link, store)
     loop.on_idle(lambda _: service.flush())
-    _serve(settings, loop, link, lambda: service.counters)
+    retention = Retention(store, settings.retention.limits())
+
+    def make_room(now: float) -> None:
+        loop.call_at(now + retention.step(), make_room)
+
+    loop.call_soon(lambda: make_room(loop.clock()))
+    _serve(settings, loop, link, lambda: service.counters + retention.counters)
     service.flush()
     store.close()
 

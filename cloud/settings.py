@@ -8,6 +8,7 @@ from msgspec import Meta
 
 from cloud.retained import RETAINED_BUDGET_BYTES
 from cloud.usage import Price
+from cloud.retention import Limits
 from shoal.config import BrokerSettings
 from shoal.state import MAX_INTERVAL_S
 
@@ -25,11 +26,29 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pipeline: str = ""
 
 
+class RetentionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The `[retention]` table: which samples the store lets go of.
+
+    Attributes:
+        keep_days: what came within this time is never dropped.
+        max_age_days: what is older goes; 0 is no limit.
+        max_bytes: of the store; above it the least worth goes first. 0 is no limit.
+    """
+
+    keep_days: Annotated[float, Meta(ge=0)] = 7.0
+    max_age_days: Annotated[float, Meta(ge=0)] = 0.0
+    max_bytes: Annotated[int, Meta(ge=0)] = 32 * 2**30
+
+    def limits(self) -> Limits:
+        return Limits.in_days(self.keep_days, self.max_age_days, self.max_bytes)
+
+
 class CloudSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """See docs/cloud.md."""
 
     data_dir: str
     models: list[ModelSettings]
+    retention: RetentionSettings = msgspec.field(default_factory=RetentionSettings)
     broker: BrokerSettings = msgspec.field(default_factory=BrokerSettings)
     train_threads: _Count = 1
     price: Price = Price()

@@ -15,6 +15,8 @@ from sqlite_utils import Database
 
 from cloud.boots import Boots
 from cloud.label_book import LabelBook, put_words
+from cloud.pruning import Pruned, Room, compact, prune, room
+from cloud.retention import Limits, Sweep
 from cloud.sample_store import Fate, StoredLabel, StoredSample
 from cloud.store_schema import IS_HARD, KEY, SAMPLE_COLUMNS, bring_up_to_date, immediate
 from cloud.tasks.base import LabelledSamples
@@ -85,7 +87,18 @@ class SqliteSampleStore:
         with immediate(self._db) as connection:
             return put_words(connection, labels)
 
+    def prune_samples(self, sweep: Sweep, limits: Limits, now_us: int, *, dry_run: bool = False) -> Pruned:
+        """Look at the next rows of a sweep and drop what may go; with `dry_run` only say what would."""
+        return prune(self._db, sweep, limits, now_us, dry_run=dry_run)
+
+    def compact(self) -> None:
+        """Write the file anew, without free pages; needs as much room again, and that nobody else writes."""
+        compact(self._db)
+
     # -- reading -------------------------------------------------------------------------------------------------------
+
+    def room(self) -> Room:
+        return room(self._db)
 
     def count(self, model: str | None = None) -> int:
         """Samples that came, of one model or of all, those dropped since included."""

@@ -17,6 +17,7 @@ from cloud import services
 from cloud.keys import FileKeyStore
 from cloud.release_store import ReleaseStore
 from cloud.repository import ROLLOUT, parse_role
+from cloud.sample_store import StoredSample
 from cloud.settings import CloudSettings, ModelSettings
 from cloud.sqlite_store import SqliteSampleStore
 from shoal.config import load_config
@@ -78,6 +79,9 @@ def test_file_needs_little_and_the_rest_has_defaults(write, tmp_path):
         ({"train_threads": 0}, r"\$\.train_threads"),
         ({"parallel_builds": 0}, r"\$\.parallel_builds"),
         ({"retained_budget_bytes": 0}, r"\$\.retained_budget_bytes"),
+        ({"retention": {"max_bytes": -1}}, r"\$\.retention.max_bytes"),
+        ({"retention": {"keep_days": -1.0}}, r"\$\.retention.keep_days"),
+        ({"retention": {"colour": 1}}, "colour"),
         ({"state_interval_s": 0.0}, r"\$\.state_interval_s"),
         ({"state_interval_s": 601.0}, r"\$\.state_interval_s"),
         ({"models": [{}]}, "name"),
@@ -181,10 +185,13 @@ class Watcher:
 
 @pytest.fixture
 def started(write, mosquitto):
-    """All three services as processes, on stores that `init` made, with no model to train."""
-    path = write(models=[], broker={"url": mosquitto.url}, retained_budget_bytes=BUDGET_BYTES)
+    """All three services as processes, on stores that `init` made, with no model to train and an old sample."""
+    retention = {"keep_days": 1.0, "max_age_days": 30.0}
+    path = write(models=[], broker={"url": mosquitto.url}, retained_budget_bytes=BUDGET_BYTES, retention=retention)
     settings = load_config(path, CloudSettings)
     services.init(settings)
+    with closing(SqliteSampleStore(settings.samples_path)) as samples:
+        samples.add([StoredSample("old", bytes(16), 0, "digits", "gw", 1, "", 0, 0, b"r", *[None] * 6)])
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SHOAL_")}
     processes = {
         name: subprocess.Popen(
@@ -225,4 +232,6 @@ def test_services_serve_and_end_when_they_are_told_to(started, mosquitto):
         _, errors = process.communicate(timeout=PATIENCE_S)
         assert (process.returncode, "Traceback" in errors) == (0, False), errors
     with closing(SqliteSampleStore(settings.samples_path)) as samples:
-        assert list(samples.references()) == [("cam", bytes(16), 1, "")]
+        assert sorted(samples.references()) == [("cam", bytes(16), 1, ""), ("old", bytes(16), 0, "")]
+        # Retention ran beside it.
+        assert samples._db.execute("SELECT device FROM samples WHERE reading IS NULL").fetchall() == [("old",)]
