@@ -65,6 +65,10 @@ class StoredSample(NamedTuple):
     since_boot_us: int | None = None
 
     @property
+    def key(self) -> SampleKey:
+        return SampleKey(self.device, self.epoch, self.seq)
+
+    @property
     def digest(self) -> bytes:
         """Of what identifies the content: the reading, not when or through whom it came."""
         return hashlib.sha256(self.model.encode() + b"\0" + self.reading).digest()

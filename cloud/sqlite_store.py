@@ -87,6 +87,10 @@ class SqliteSampleStore:
         with immediate(self._db) as connection:
             return put_words(connection, labels)
 
+    def unlabelled(self, model: str, after: int, limit: int) -> list[tuple[int, StoredSample]]:
+        """Samples of which nobody said anything, by the number of their row, above `after`."""
+        return self.labels.unlabelled(model, after, limit)
+
     def prune_samples(self, sweep: Sweep, limits: Limits, now_us: int, *, dry_run: bool = False) -> Pruned:
         """Look at the next rows of a sweep and drop what may go; with `dry_run` only say what would."""
         return prune(self._db, sweep, limits, now_us, dry_run=dry_run)
