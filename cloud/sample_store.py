@@ -8,6 +8,7 @@ Invariants of every store:
 
 import hashlib
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum, unique
 from typing import NamedTuple, Protocol
@@ -142,6 +143,9 @@ class TriggerStore(Protocol):
 
 class TrainingStore(Protocol):
     """What a release is made from."""
+
+    def snapshot(self) -> AbstractContextManager[None]:
+        """What is read within is of one moment, whoever labels meanwhile; nothing is written within."""
 
     def count_labelled(self, model: str) -> int:
         """Samples of a model that came and have a label that counts, those dropped since included.

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import sqlite3
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,15 @@ class SqliteSampleStore:
             " AND device_release IS NOT NULL AND device_score IS NOT NULL ORDER BY rowid LIMIT ?"
         )
         return list(self._db.execute(query, (after, model, ASK_REASON_AUDIT, limit)))
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """See `TrainingStore`."""
+        self._db.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._db.execute("COMMIT")
 
     def labelled(
         self, model: str, shape: tuple[int, ...], classes: int, *, sources: frozenset[int] | None = None

@@ -163,3 +163,15 @@ def test_digest_changes_with_what_a_build_gets(store, change):
     assert store.snapshot_digest("digits") == before
     change(store)
     assert store.snapshot_digest("digits") != before
+
+
+def test_snapshot_is_of_one_moment(store, tmp_path):
+    """Digest and data belong together, though somebody labels between the two."""
+    store.add([sample(seq) for seq in (1, 2)])
+    store.add_labels([label(1)])
+    with closing(SqliteSampleStore(tmp_path / "samples.sqlite")) as other, store.snapshot():
+        before = store.snapshot_digest("digits")
+        other.add_labels([label(2)])
+        assert len(store.labelled("digits", SHAPE, 10)) == 1
+        assert store.snapshot_digest("digits") == before != other.snapshot_digest("digits")
+    assert len(store.labelled("digits", SHAPE, 10)) == 2
