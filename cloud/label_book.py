@@ -80,6 +80,10 @@ class LabelBook:
         row = self._db.execute(query, key).fetchone()
         return None if row is None else StoredSample(*row)
 
+    def is_known(self, key: SampleKey) -> bool:
+        """Whether a sample has come, dropped since or not."""
+        return self._db.execute(f"SELECT 1 FROM samples WHERE {_OF_KEY}", key).fetchone() is not None
+
     def words(self, key: SampleKey) -> list[StoredLabel]:
         """Everything that was said of a sample, oldest first."""
         query = f"SELECT {_COLUMNS} FROM labels WHERE {_OF_KEY} ORDER BY labelled_at_us, author"

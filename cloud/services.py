@@ -68,7 +68,7 @@ def run_ingest(settings: CloudSettings) -> None:
     Raises:
         ConfigError: `init` comes first.
     """
-    store = _open_samples(settings)
+    store = open_samples(settings)
     loop, link = _open(settings, ingest.SERVICE)
     service = ingest.Ingest(link, store)
     loop.on_idle(lambda _: service.flush())
@@ -90,7 +90,7 @@ def run_trainer(settings: CloudSettings, config: Path) -> None:
         ConfigError: `init` comes first, or a pipeline file is wrong.
     """
     pipelines = load_pipelines(settings)
-    store = _open_samples(settings)
+    store = open_samples(settings)
     loop, link = _open(settings, trainer.SERVICE)
     service = trainer.Trainer(settings, link, store, pipelines=pipelines, start_run=trainer.process_starter(config))
     loop.call_every(_SLOW_S, service.tick)
@@ -120,7 +120,12 @@ def run_publisher(settings: CloudSettings) -> None:
     service.close()
 
 
-def _open_samples(settings: CloudSettings) -> SqliteSampleStore:
+def open_samples(settings: CloudSettings) -> SqliteSampleStore:
+    """Open the store that `init` made.
+
+    Raises:
+        ConfigError: it did not, or a later version of Shoal has changed the store.
+    """
     if not settings.samples_path.is_file():
         raise ConfigError(f"{settings.samples_path} is not there: make it with `shoal cloud init`")
     return SqliteSampleStore(settings.samples_path)

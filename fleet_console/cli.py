@@ -15,9 +15,11 @@ from fleet_console.broker import BrokerKind, choose_kind, run_foreground
 from fleet_console.command import command
 from fleet_console.gateway_cli import gateway_app
 from fleet_console.keys_cli import keys_app
+from fleet_console.label_cli import label_app
 from fleet_console.pipeline_cli import pipeline_app
 from fleet_console.release_cli import models, release_app
 from fleet_console.runs_cli import runs_app
+from fleet_console.store_cli import store_app
 from shoal.errors import ShoalError
 
 app = typer.Typer(
@@ -153,6 +155,8 @@ app.add_typer(runs_app, name="runs")
 app.command()(models)
 app.command()(command)
 app.add_typer(keys_app, name="keys")
+app.add_typer(label_app, name="label")
+app.add_typer(store_app, name="store")
 
 
 def main() -> NoReturn:

@@ -18,7 +18,7 @@ from cloud.keys import FileKeyStore
 from cloud.release_store import ReleaseStore
 from cloud.repository import ROLLOUT, parse_role
 from cloud.sample_store import StoredSample
-from cloud.settings import CloudSettings, ModelSettings
+from cloud.settings import CloudSettings, ModelSettings, RetentionSettings
 from cloud.sqlite_store import SqliteSampleStore
 from shoal.config import load_config
 from shoal.errors import ConfigError
@@ -67,6 +67,15 @@ def test_file_needs_little_and_the_rest_has_defaults(write, tmp_path):
         "objects",
         "registry.sqlite",
     ]
+
+
+def test_every_setting_is_documented():
+    """In the table of docs/cloud.md, or in the example where it is of a table of its own."""
+    page = (Path(__file__).parents[2] / "docs" / "cloud.md").read_text()
+    plain = set(CloudSettings.__struct_fields__) - {"models", "broker", "retention"}
+    nested = {f"retention.{name}" for name in RetentionSettings.__struct_fields__}
+    assert [name for name in sorted(plain | nested) if f"| `{name}` |" not in page] == []
+    assert [name for name in ModelSettings.__struct_fields__ if f"{name} = " not in page] == []
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from sqlite_utils import Database
@@ -16,6 +17,7 @@ from shoal.errors import ConfigError
 from shoal.v1.command_pb2 import LABEL_SOURCE_PERSON, LABEL_SOURCE_TEACHER
 
 EPOCH = bytes(range(16))
+WHO, WHAT = ("device", "gateway"), ("release", "score", "label")
 
 # As the first version wrote it; before that, `samples` had no boots.
 FIRST = """
@@ -177,6 +179,18 @@ def test_store_of_a_later_version_is_refused(tmp_path):
         store._db["_sqlite_migrations"].insert({"migration_set": "samples", "name": "colours", "applied_at": "later"})
     with pytest.raises(ConfigError, match="a later version of Shoal has changed the store: colours"):
         SqliteSampleStore(path)
+
+
+def test_every_table_and_column_is_documented(tmp_path):
+    """What a person finds in the file, docs/store.md explains."""
+    path = tmp_path / "samples.sqlite"
+    SqliteSampleStore(path).close()
+    page = (Path(__file__).parents[2] / "docs" / "store.md").read_text()
+    names = {name for kind, name, _ in schema(path) if kind in ("table", "view")}
+    own = {name for name in names if "_fts_" not in name}
+    assert [name for name in sorted(own) if f"`{name}`" not in page] == []
+    columns = set(store_schema.SAMPLE_COLUMNS) - {f"{who}_{what}" for who in WHO for what in WHAT}
+    assert [name for name in sorted(columns) if f"`{name}`" not in page] == []
 
 
 @pytest.fixture
