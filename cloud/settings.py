@@ -7,8 +7,8 @@ import msgspec
 from msgspec import Meta
 
 from cloud.retained import RETAINED_BUDGET_BYTES
-from cloud.usage import Price
 from cloud.retention import Limits
+from cloud.usage import Price
 from shoal.config import BrokerSettings
 from shoal.state import MAX_INTERVAL_S
 

@@ -45,14 +45,15 @@ from cloud.pipelines.file import (
 )
 from cloud.pipelines.objects import ObjectStore
 from cloud.pipelines.registry import MetricRow, Registry, ReleaseReport, Result, Run, Status, StepRow, StepStatus
-from cloud.pipelines.snapshot import data_digest, field_tree, read_field, read_samples, samples_tree
+from cloud.pipelines.snapshot import FieldSamples, data_digest, field_tree, read_field, read_samples, samples_tree
 from cloud.pipelines.work import TIERS, Made, TaskOrigin, Work
 from cloud.release_store import ReleaseStore
 from cloud.settings import CloudSettings
 from cloud.sqlite_store import SqliteSampleStore
-from cloud.tasks.base import Task, TrainingData
+from cloud.tasks.base import Task, TrainingData, split_extra
 from cloud.usage import find_gpu, measured_usage
 from shoal.errors import ConfigError, ShoalError
+from shoal.v1.command_pb2 import LABEL_SOURCE_PERSON, LABEL_SOURCE_TEACHER, LABEL_SOURCE_WITH_SAMPLE
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,10 @@ _SOURCES: Mapping[type[Step], tuple[str, ...]] = MappingProxyType(
 )
 _ROOT = Path(__file__).resolve().parents[2]
 _KEPT_RUNS = 10
+_TRUSTED = frozenset({LABEL_SOURCE_PERSON, LABEL_SOURCE_WITH_SAMPLE})
+_TAUGHT = frozenset({LABEL_SOURCE_TEACHER})
+# Of hard samples, the newest: enough to tell two models apart, and scored in a moment.
+_MOST_HARD = 1000
 
 
 class Progress(Protocol):
@@ -249,10 +254,16 @@ class Engine:
     def _snapshot(self, reason: str) -> Run:
         """Freeze what a run begins with."""
         samples = SqliteSampleStore(self._settings.samples_path)
+        model, shape, classes = self._pipeline.model, self._task.shape, self._task.classes
         try:
-            # Counted before they are read, and with those that do not fit: what triggers compare their own count with.
-            labelled = samples.count_labelled(self._pipeline.model)
-            extra = samples.labelled(self._pipeline.model, self._task.shape, self._task.classes)
+            with samples.snapshot():
+                # With those that do not fit: what triggers compare their own count with.
+                labelled = samples.count_labelled(model)
+                extra = FieldSamples(
+                    trusted=samples.labelled(model, shape, classes, sources=_TRUSTED),
+                    taught=samples.labelled(model, shape, classes, sources=_TAUGHT),
+                    hard=samples.hard(model, shape, classes, _MOST_HARD),
+                )
         finally:
             samples.close()
         now = _now_us()
@@ -351,6 +362,7 @@ class Engine:
             origin=TaskOrigin(self._pipeline.task, self._pipeline.parameters, self._path.parent),
             data=inputs.data,
             inputs=inputs.files(step),
+            hard=inputs.hard,
             seed=self._pipeline.seed,
             threads=self._settings.train_threads,
             folder=folder,
@@ -440,7 +452,10 @@ class _Inputs:
         self._objects = objects
         self._kinds = dict(SOURCES)
         self._trees = {"samples": run.samples_digest, "field": run.field_digest}
-        self.data: TrainingData = task.prepare(read_samples(objects.get(run.samples_digest)))
+        samples = read_samples(objects.get(run.samples_digest))
+        self.data: TrainingData = task.prepare(samples.labelled())
+        # Of the hard ones, those that training does not see.
+        self.hard = split_extra(samples.hard)[1] if samples.hard is not None else None
         # What the task made of the samples and its own data, which may lie in a file of the user's.
         self.digests = {"samples": f"{run.samples_digest}:{data_digest(self.data)}", "field": run.field_digest}
         self.results: dict[Kind, Result] = {}

@@ -24,6 +24,8 @@ from shoal.v1 import release_pb2 as pb
 
 _SPEC = "spec.pb"
 _PPM = 1_000_000
+# Fewer say nothing of two models.
+_FEWEST_HARD = 20
 
 
 class RefusedError(ModelError):
@@ -49,8 +51,8 @@ class TierReport:
         ships: "float", "int8" or "mixed".
         reason: why.
         metric_parent: the field's artefact on the same rows; None for a first release.
-        hard_rows: field samples that the field's release got wrong and that training does not see.
-        metric_hard, metric_hard_parent: on these alone; None where there are too few.
+        hard_rows: field samples that a model in the field got wrong and that training does not see.
+        metric_hard, metric_hard_parent: on these alone; None where they are too few, or of one class.
     """
 
     bytes_float: int
@@ -65,6 +67,9 @@ class TierReport:
     bytes_mixed: int | None = None
     metric_mixed: float | None = None
     latency_mixed_us: float | None = None
+    hard_rows: int = 0
+    metric_hard: float | None = None
+    metric_hard_parent: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +98,13 @@ def evaluate_model(work: Work, parameters: EvaluateParameters) -> Made:
         limits = with_overrides(work.task.limits[tier.number], getattr(parameters, tier.name))
         candidates = _measure(work, tier, limits)
         before = _parent_metric(work, tier, parent, work.data.holdout)
-        kept, reports[tier.name] = _choose(candidates, before, limits)
-        verdict = gate.passes(kept.measured, before, limits)
+        kept, report = _choose(candidates, before, limits)
+        reports[tier.name] = _with_hard(work, tier, kept, parent, report)
+        verdicts = (
+            gate.passes(kept.measured, before, limits),
+            _judge_on_hard(reports[tier.name], parameters.max_drop_on_hard),
+        )
+        verdict = next((each for each in verdicts if not each.ok), verdicts[0])
         work.report(f"tier={tier.name} ships={kept.precision} ({reports[tier.name].reason}; {verdict.reason})")
         if not verdict.ok:
             refused.append(f"{tier.name}: {verdict.reason}")
@@ -170,6 +180,28 @@ def _choose(
         metric_mixed=mixed.measured.metric if mixed is not None else None,
         latency_mixed_us=mixed.measured.latency_us if mixed is not None else None,
     )
+
+
+def _with_hard(
+    work: Work, tier: Tier, kept: _Candidate, parent: PublishedRelease | None, report: TierReport
+) -> TierReport:
+    """Add what the artefact and the field's score on the hard samples."""
+    hard = work.hard
+    if hard is None or len(hard) < _FEWEST_HARD or len(np.unique(hard.y)) == 1:
+        return replace(report, hard_rows=0 if hard is None else len(hard))
+    rows = scale(hard.x, work.data.schema())
+    metric = work.task.metric(score_rows(work.task.score, rows, kept.runner(rows)), hard.y)
+    return replace(
+        report, hard_rows=len(hard), metric_hard=metric, metric_hard_parent=_parent_metric(work, tier, parent, hard)
+    )
+
+
+def _judge_on_hard(report: TierReport, max_drop: float) -> gate.Verdict:
+    """Decide by the hard samples: a release that forgets them would be the old trouble again."""
+    mine, parents = report.metric_hard, report.metric_hard_parent
+    if mine is None or parents is None or parents - mine <= max_drop:
+        return gate.Verdict(ok=True, reason="")
+    return gate.Verdict(ok=False, reason=f"metric {mine:.4f} on {report.hard_rows} hard samples, parent {parents:.4f}")
 
 
 def _parent_metric(work: Work, tier: Tier, parent: PublishedRelease | None, samples: LabelledSamples) -> float | None:

@@ -103,10 +103,12 @@ class QuantizeParameters(_Checked, frozen=True):
 
     Attributes:
         calibration_rows: drawn from the training rows.
+        torch_dynamic: also TorchScript with int8 linear layers, for users of torch on a CPU; no node runs it.
         mixed_tries: where int8 costs too much, so many of the most sensitive nodes are tried in float; 0 for none.
     """
 
     calibration_rows: Annotated[int, Meta(ge=8, le=4096)] = 256
+    torch_dynamic: bool = False
     mixed_tries: Annotated[int, Meta(ge=0, le=32)] = 4
 
 

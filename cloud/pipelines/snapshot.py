@@ -28,19 +28,50 @@ class PublishedRelease:
     files: Mapping[str, bytes]
 
 
-def samples_tree(labelled: LabelledSamples | None) -> dict[str, bytes]:
-    """Freeze the labelled samples of the field; None, where there are none, is an empty tree."""
-    if labelled is None:
-        return {}
-    return {"x.npy": array_bytes(labelled.x), "y.npy": array_bytes(labelled.y)}
+@dataclass(frozen=True, slots=True)
+class FieldSamples:
+    """What came back from the field with a label; None where there is nothing.
+
+    Attributes:
+        trusted: labelled by people, or with the sample.
+        taught: labelled by a teacher model.
+        hard: of the trusted ones, those that a model in the field got wrong.
+    """
+
+    trusted: LabelledSamples | None = None
+    taught: LabelledSamples | None = None
+    hard: LabelledSamples | None = None
+
+    def labelled(self) -> LabelledSamples | None:
+        """Return all that a task may learn from."""
+        parts = [part for part in (self.trusted, self.taught) if part is not None]
+        if not parts:
+            return None
+        flags = [np.full(len(part), part is self.taught) for part in parts]
+        x, y = (np.concatenate(arrays) for arrays in zip(*((part.x, part.y) for part in parts), strict=True))
+        return LabelledSamples(x, y, np.concatenate(flags))
 
 
-def read_samples(tree: Mapping[str, bytes]) -> LabelledSamples | None:
-    if not tree:
-        return None
-    x: NDArray[np.float32] = _array(tree["x.npy"])
-    y: NDArray[np.int64] = _array(tree["y.npy"])
-    return LabelledSamples(x, y)
+_PARTS = ("trusted", "taught", "hard")
+
+
+def samples_tree(samples: FieldSamples) -> dict[str, bytes]:
+    """Freeze the labelled samples of the field."""
+    tree: dict[str, bytes] = {}
+    for name in _PARTS:
+        part: LabelledSamples | None = getattr(samples, name)
+        if part is not None:
+            tree |= {f"{name}.x.npy": array_bytes(part.x), f"{name}.y.npy": array_bytes(part.y)}
+    return tree
+
+
+def read_samples(tree: Mapping[str, bytes]) -> FieldSamples:
+    found = {
+        name: LabelledSamples(_array(tree[f"{name}.x.npy"]), _array(tree[f"{name}.y.npy"]))
+        for name in _PARTS
+        if f"{name}.x.npy" in tree
+    }
+    return FieldSamples(**found)
 
 
 def field_tree(published: PublishedRelease | None) -> dict[str, bytes]:

@@ -135,6 +135,8 @@ def quantize_model(work: Work, parameters: QuantizeParameters) -> Made:
         plain = exported.quantize(())
         files |= {artefact_name(tier, "float"): exported.model, artefact_name(tier, "int8"): plain}
         figures[tier.name] = {"bytes_float": len(exported.model), "bytes_int8": len(plain)}
+        if parameters.torch_dynamic:
+            files[f"{tier.name}.dynamic.pt"] = export.to_torch_dynamic(read_module(work.module(tier)), work.task.shape)
         found = _mix(work, tier, exported, plain, parameters.mixed_tries)
         if found is not None:
             files[artefact_name(tier, "mixed")] = found.model

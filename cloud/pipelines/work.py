@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cloud.pipelines.file import Kind
-from cloud.tasks.base import Task, TrainingData
+from cloud.tasks.base import LabelledSamples, Task, TrainingData
 from shoal.errors import ModelError
 from shoal.v1 import release_pb2 as pb
 
@@ -48,6 +48,7 @@ class Work:
     Attributes:
         data: what the task made of its own data and the field's samples.
         inputs: the files of each input, by kind; `SAMPLES` is in `data`.
+        hard: field samples that a model in the field got wrong and that training does not see.
         folder: for checkpoints; whoever runs the step deletes it once the result is committed.
         report: takes a line of progress.
         measure: takes figures of a series over time.
@@ -62,6 +63,7 @@ class Work:
     seed: int
     threads: int
     folder: Path
+    hard: LabelledSamples | None = None
     report: Callable[[str], None] = lambda _: None
     measure: Measure = lambda *_: None
     once: Once = lambda _, measurement: measurement()

@@ -29,10 +29,12 @@ class LabelledSamples:
     Attributes:
         x: (n, *shape) float32.
         y: (n,) int64, class or 1 for an anomaly.
+        taught: (n,) whether a teacher model gave the label: such a row trains, and never judges. None: no row is.
     """
 
     x: NDArray[np.float32]
     y: NDArray[np.int64]
+    taught: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         if self.y.ndim != 1 or len(self.x) != len(self.y):
@@ -42,7 +44,7 @@ class LabelledSamples:
         return len(self.y)
 
     def take(self, rows: NDArray[np.bool_] | NDArray[np.int64] | slice) -> "LabelledSamples":
-        return LabelledSamples(self.x[rows], self.y[rows])
+        return LabelledSamples(self.x[rows], self.y[rows], None if self.taught is None else self.taught[rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,9 +177,11 @@ def split_extra(extra: LabelledSamples) -> tuple[LabelledSamples, LabelledSample
     """Part field samples into training and holdout.
 
     The bytes of a sample decide its side, so that it stays there in every later release and a holdout never holds what
-    the parent was trained on.
+    the parent was trained on. What a teacher labelled is on neither: it trains, unless its bytes would have it judge.
     """
     held = np.array([hashlib.sha256(row.tobytes()).digest()[0] < _HOLDOUT_BYTE for row in extra.x], dtype=np.bool_)
+    if extra.taught is not None:
+        return extra.take(~held), extra.take(held & ~extra.taught)
     return extra.take(~held), extra.take(held)
 
 
