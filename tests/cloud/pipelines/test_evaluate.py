@@ -63,7 +63,7 @@ def test_file_overrides_the_limits_that_it_names():
 
 @given(trusted=st.integers(0, 60), taught=st.integers(0, 60), seed=st.integers(0, 9))
 def test_teachers_words_train_and_never_judge(trusted, taught, seed):
-    """What people labelled is dealt to both sides as ever; what a teacher labelled never judges, and changes no side."""
+    """What people labelled is dealt to both sides as ever; what a teacher labelled never judges."""
     rng = np.random.default_rng(seed)
 
     def some(count):
