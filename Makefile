@@ -141,7 +141,10 @@ agent-kills: venv ## Kill an agent 200 times while readings flow, and close the 
 gateway-failover: venv ## Kill and stall two gateways under load: nothing lost, nothing late, nothing twice (needs Mosquitto)
 	@$(BIN)/python tests/campaigns/gateway_failover.py $(ARGS)
 
-nightly: faults-install mutation-trust gateway-requests gateway-failover agent-kills ## The long campaigns, one after the other
+acl-matrix: venv ## Try every right and every identity on a broker with the shipped profile (needs Mosquitto)
+	@PYTHONPATH=. $(BIN)/python tests/campaigns/acl_matrix.py $(ARGS)
+
+nightly: acl-matrix faults-install mutation-trust gateway-requests gateway-failover agent-kills ## The long campaigns, one after the other
 
 mutation-trust: venv ## Remove each check that trust rests on and see a test fail (minutes)
 	@$(BIN)/python tests/campaigns/mutation_trust.py $(ARGS)

@@ -8,7 +8,6 @@ Invariants:
 - a swap of models happens between batches: no row is answered by two releases, none is dropped.
 """
 
-import hashlib
 import logging
 import random
 from collections import Counter, deque
@@ -30,7 +29,7 @@ from shoal.inbox import Delivery
 from shoal.link import Link
 from shoal.loop import Loop
 from shoal.release.probation import Watch, parse_baseline
-from shoal.routes import Route
+from shoal.routes import Route, serving_group
 from shoal.state import Report, StateReporter, quality_of
 from shoal.v1 import inference_pb2 as pb
 from shoal.v1.node_pb2 import ModelState
@@ -353,9 +352,3 @@ class Gateway:
     def _report_now(self) -> str:
         self._reporter.soon()
         return "state follows"
-
-
-def serving_group(models: Sequence[str], devices: Sequence[str]) -> str:
-    """The shared group of all gateways that serve the same: equal members may answer for each other."""
-    served = "\n".join([*sorted(models), "", *sorted(devices)])
-    return f"gw-{hashlib.sha256(served.encode()).hexdigest()[:12]}"

@@ -17,6 +17,7 @@ from fleet_console.gateway_cli import gateway_app
 from fleet_console.keys_cli import keys_app
 from fleet_console.label_cli import label_app
 from fleet_console.pipeline_cli import pipeline_app
+from fleet_console.provision_cli import provision_app
 from fleet_console.release_cli import models, release_app
 from fleet_console.runs_cli import runs_app
 from fleet_console.store_cli import store_app
@@ -155,6 +156,7 @@ app.add_typer(runs_app, name="runs")
 app.command()(models)
 app.command()(command)
 app.add_typer(keys_app, name="keys")
+app.add_typer(provision_app, name="provision")
 app.add_typer(label_app, name="label")
 app.add_typer(store_app, name="store")
 

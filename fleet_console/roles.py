@@ -19,6 +19,7 @@ from shoal.routes import CLOUD_SITE, Route, topic, topic_filter
 # The plugin's own number. Stretching protects short passwords and costs the broker's one thread at every connect: let
 # passwords be generated, and long.
 _ITERATIONS = 101
+CONTROL = "$CONTROL/dynamic-security/v1"
 _SALT_BYTES = 12  # the plugin skips clients with any other length
 
 
@@ -31,7 +32,13 @@ class Kind(Enum):
     TRAINER = "trainer"
     CONTROLLER = "controller"
     LABELLER = "labeller"
+    VIEWER = "viewer"
     OPERATOR = "operator"
+    PROVISIONER = "provisioner"
+
+
+# People, who have several sessions at a time; everybody else has one, under a client id of its own name.
+_PEOPLE = frozenset({Kind.VIEWER, Kind.OPERATOR, Kind.PROVISIONER})
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +160,19 @@ def _labeller(node: Node) -> Rights:
     return _service(node, send=[topic(Route.COMMAND, site=CLOUD_SITE, node="ingest")], receive=seen, subscribe=seen)
 
 
+def _viewer(node: Node) -> Rights:
+    """Sees everything, and writes nothing but its own presence."""
+    everything = [topic_filter(route) for route in Route]
+    return _service(node, receive=everything, subscribe_within=everything)
+
+
+def _provisioner(node: Node) -> Rights:
+    """Asks the plugin to change who may do what; says that a node that was revoked is gone."""
+    gone = [topic_filter(Route.PRESENCE), topic_filter(Route.STATE)]
+    answers = [f"{CONTROL}/response"]
+    return _service(node, send=[CONTROL, *gone], receive=answers, subscribe=answers)
+
+
 def _operator(node: Node) -> Rights:
     """Sees everything, commands everybody, writes nothing else."""
     everything = [topic_filter(route) for route in Route]
@@ -168,7 +188,9 @@ ROLES: Mapping[Kind, Callable[[Node], Rights]] = MappingProxyType(
         Kind.TRAINER: _service,
         Kind.CONTROLLER: _controller,
         Kind.LABELLER: _labeller,
+        Kind.VIEWER: _viewer,
         Kind.OPERATOR: _operator,
+        Kind.PROVISIONER: _provisioner,
     }
 )
 
@@ -188,6 +210,23 @@ def security_role(node: Node) -> dict[str, Any]:
     )
     acls = [{"acltype": kind, "topic": text, "priority": 0, "allow": True} for kind, text in granted]
     return {"rolename": node.name, "acls": acls}
+
+
+def creation_commands(node: Node) -> list[dict[str, Any]]:
+    """Return what the plugin must be told so that a node may come in with a certificate, whatever it knew before."""
+    role = security_role(node)
+    client = _client(node, None, b"")
+    return [
+        {"command": "deleteClient", "username": node.name},
+        {"command": "deleteRole", "rolename": node.name},
+        {"command": "createRole", **role},
+        {"command": "createClient", **client},
+    ]
+
+
+def deletion_commands(name: str) -> list[dict[str, Any]]:
+    """Return what ends a node's rights, and its connection."""
+    return [{"command": "deleteClient", "username": name}, {"command": "deleteRole", "rolename": name}]
 
 
 def security_config(nodes: Iterable[Node], passwords: Mapping[str, str], salt: Callable[[int], bytes]) -> str:
@@ -215,8 +254,8 @@ def security_config(nodes: Iterable[Node], passwords: Mapping[str, str], salt: C
 
 def _client(node: Node, password: str | None, salt: bytes) -> dict[str, Any]:
     client: dict[str, Any] = {"username": node.name, "roles": [{"rolename": node.name}]}
-    if node.kind is not Kind.OPERATOR:
-        # Nobody takes another's session. Operators have several at a time.
+    if node.kind not in _PEOPLE:
+        # Nobody takes another's session.
         client["clientid"] = node.name
     if password is not None:
         hashed = hashlib.pbkdf2_hmac("sha512", password.encode(), salt, _ITERATIONS)

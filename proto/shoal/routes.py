@@ -4,8 +4,9 @@ Nothing else in Shoal spells a topic. Invariants, checked when the table is read
 state is retained and commands never are; no topic has more than seven slashes (AWS IoT Core's limit).
 """
 
+import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum, unique
 from functools import lru_cache
@@ -143,3 +144,9 @@ def parse_topic(text: str) -> Address:
         if match := pattern.fullmatch(text):
             return Address(route, **{name: _checked(name, value) for name, value in match.groupdict().items()})
     raise PayloadError(f"{text!r} is no topic of the contract", field="topic")
+
+
+def serving_group(models: Sequence[str], devices: Sequence[str]) -> str:
+    """The shared group of all gateways that serve the same: equal members may answer for each other."""
+    served = "\n".join([*sorted(models), "", *sorted(devices)])
+    return f"gw-{hashlib.sha256(served.encode()).hexdigest()[:12]}"

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from edge_gateway.gateway import Gateway, GatewayConfig, serving_group
+from edge_gateway.gateway import Gateway, GatewayConfig
 from edge_gateway.lanes import LaneConfig
 from shoal.codec import MAX_ROW_BYTES, encode
 from shoal.delivery.outbox import Key, Limits, Outbox
@@ -20,7 +20,7 @@ from shoal.inbox import Delivery
 from shoal.link import Link
 from shoal.link_config import node_identity, parse_broker_url
 from shoal.loop import Loop
-from shoal.routes import Address, Route, topic
+from shoal.routes import Address, Route, serving_group, topic
 from shoal.v1 import inference_pb2 as pb
 from shoal.v1 import release_pb2
 from shoal.v1.sample_pb2 import SampleAck, SampleAckGroup

@@ -13,74 +13,14 @@ from paho.mqtt.enums import CallbackAPIVersion
 from fleet_console.broker import BrokerKind, find_mosquitto, start_broker
 from fleet_console.roles import ROLES, Kind, Node, rights_of, security_config
 from shoal.routes import CLOUD_SITE, Route, topic, topic_filter
+from tests.fleet_console.rights import BY_NAME, DIGEST, GROUP, MAY_READ, MAY_WRITE, NODES, SITE, topics_of
 
-_SITE = "plant"
-_GROUP = "gw-0123456789ab"
-_DIGEST = "0" * 64
 _NOT_AUTHORIZED = 0x87
 _PATIENCE_S = 10.0
-_NODES = [
-    Node(Kind.DEVICE, "cam-1", _SITE),
-    Node(Kind.DEVICE, "cam-2", _SITE),
-    Node(Kind.GATEWAY, "gw-1", _SITE, _GROUP),
-    Node(Kind.GATEWAY, "gw-2", _SITE, devices=["cam-2"]),
-    Node(Kind.INGEST, "ingest", group="ingest"),
-    Node(Kind.PUBLISHER, "publisher"),
-    Node(Kind.TRAINER, "trainer"),
-    Node(Kind.CONTROLLER, "controller"),
-    Node(Kind.LABELLER, "labeller"),
-    Node(Kind.OPERATOR, "alice"),
-]
-_BY_NAME = {node.name: node for node in _NODES}
-_PASSWORDS = {node.name: f"secret of {node.name}" for node in _NODES}
+_PASSWORDS = {node.name: f"secret of {node.name}" for node in NODES}
 # Beside the table: one that may publish anything, one that may subscribe and not receive, one without a password.
 _ROOT, _DEAF, _CERTIFIED = (Node(Kind.TRAINER, name) for name in ("root", "deaf", "certified"))
 _PASSWORDS |= {"root": "secret of root", "deaf": "secret of deaf"}
-
-# The contract, as whom a message may come from and reach. "own" is the node itself, "peer" the device cam-2 of the
-# same site, "away" a node of another site, "cloud" the service ingest as a node, "any" where the topic names no node.
-_MAY_WRITE = {
-    "cam-1": "presence/own state/own infer/own result/own",
-    "gw-1": "presence/own state/own sample/own result/own reply/own reply/peer",
-    "gw-2": "presence/own state/own sample/own result/own reply/peer",
-    "ingest": "cloud_presence/own cloud_state/own result/own ack/own ack/peer ack/away",
-    "publisher": "cloud_presence/own cloud_state/own result/own trust_bundle/any trust_timestamp/any blob/any",
-    "trainer": "cloud_presence/own cloud_state/own result/own",
-    "controller": "cloud_presence/own cloud_state/own result/own command/own command/peer command/away command/cloud",
-    "labeller": "cloud_presence/own cloud_state/own result/own command/cloud",
-    "alice": "cloud_presence/own cloud_state/own result/own command/own command/peer command/away command/cloud",
-}
-_MODELS = "trust_bundle/any trust_timestamp/any blob/any"
-_MAY_READ = {
-    "cam-1": f"reply/own command/own {_MODELS}",
-    "gw-1": f"ack/own command/own infer/own infer/peer {_MODELS}",
-    "gw-2": f"ack/own command/own infer/peer {_MODELS}",
-    "ingest": "command/own sample/own sample/peer sample/away state/own state/peer state/away",
-    "publisher": "command/own",
-    "trainer": "command/own",
-    "controller": "command/own "
-    + " ".join(f"{name}/{who}" for name in ("presence", "state", "result") for who in ("own", "peer", "away", "cloud"))
-    + " cloud_presence/own cloud_presence/peer cloud_state/own cloud_state/peer",
-    "labeller": "command/own sample/own sample/peer sample/away sample/cloud result/cloud",
-}
-
-
-def _topics(node):
-    """Every kind of message, to and from every kind of other: label by topic."""
-    nodes = {
-        "own": {"site": node.site, "node": node.name},
-        "peer": {"site": _SITE, "node": "cam-2"},
-        "away": {"site": "elsewhere", "node": "cam-9"},
-        "cloud": {"site": CLOUD_SITE, "node": "ingest"},
-    }
-    services = {"own": {"service": node.name}, "peer": {"service": "observer"}}
-    found = {}
-    for route in Route:
-        pattern = topic_filter(route)
-        places = nodes if "+/+" in pattern else services if "cloud" in route.value else {"any": {"sha256": _DIGEST}}
-        for who, segments in places.items():
-            found.setdefault(topic(route, **segments), f"{route.value}/{who}")
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +30,7 @@ def secured(tmp_path_factory):
     if find_mosquitto() is None or plugin is None:
         pytest.skip("left out: permissions need Mosquitto with its dynamic security plugin")
     folder = tmp_path_factory.mktemp("secured")
-    document = json.loads(security_config([*_NODES, _ROOT, _DEAF, _CERTIFIED], _PASSWORDS, secrets.token_bytes))
+    document = json.loads(security_config([*NODES, _ROOT, _DEAF, _CERTIFIED], _PASSWORDS, secrets.token_bytes))
     acls = {role["rolename"]: role["acls"] for role in document["roles"]}
     acls["root"].append({"acltype": "publishClientSend", "topic": "#", "allow": True})
     acls["deaf"].append({"acltype": "subscribeLiteral", "topic": topic_filter(Route.STATE), "allow": True})
@@ -169,19 +109,19 @@ def join(secured):
         peer.client.reinitialise()  # closes what paho otherwise leaves to the garbage collector
 
 
-@pytest.mark.parametrize("name", _MAY_WRITE)
+@pytest.mark.parametrize("name", MAY_WRITE)
 def test_role_writes_what_the_contract_says_and_nothing_else(join, name):
     """A right too few stops a fleet; one too many lets a stolen node speak as another."""
     peer = join(name)
-    written = {label for text, label in _topics(_BY_NAME[name]).items() if peer.publish(text)}
-    assert written == set(_MAY_WRITE[name].split())
+    written = {label for text, label in topics_of(BY_NAME[name]).items() if peer.publish(text)}
+    assert written == set(MAY_WRITE[name].split())
 
 
-@pytest.mark.parametrize("name", _MAY_READ)
+@pytest.mark.parametrize("name", MAY_READ)
 def test_role_reads_what_the_contract_says_and_nothing_else(join, name):
     """It asks for everything there is, then for what it was granted, and hears only the latter."""
-    node, peer, root = _BY_NAME[name], join(name), join("root")
-    topics = _topics(node)
+    node, peer, root = BY_NAME[name], join(name), join("root")
+    topics = topics_of(node)
     for text in topics:
         peer.subscribe(text)
     for text in rights_of(node).subscribe:
@@ -190,37 +130,38 @@ def test_role_reads_what_the_contract_says_and_nothing_else(join, name):
     for text in [*(text for text in topics if text != marker), marker]:
         assert root.publish(text)
     peer.wait(lambda: marker in peer.received)
-    assert {topics[text] for text in peer.received} == set(_MAY_READ[name].split())
+    assert {topics[text] for text in peer.received} == set(MAY_READ[name].split())
 
 
-def test_operator_sees_everything(join):
+@pytest.mark.parametrize("name", ["alice", "vera"])
+def test_people_see_everything(join, name):
     """By the widest filter of a route and by any narrower one; but for a filter over all routes at once."""
-    node, operator, root = _BY_NAME["alice"], join("alice"), join("root")
+    node, operator, root = BY_NAME[name], join(name), join("root")
     assert all(operator.subscribe(topic_filter(route)) for route in Route)
-    for text in _topics(node):
+    for text in topics_of(node):
         assert root.publish(text)
-    operator.wait(lambda: set(operator.received) >= set(_topics(node)))
-    assert operator.subscribe(topic_filter(Route.STATE, site=_SITE))
-    assert operator.subscribe(topic(Route.BLOB, sha256=_DIGEST))
+    operator.wait(lambda: set(operator.received) >= set(topics_of(node)))
+    assert operator.subscribe(topic_filter(Route.STATE, site=SITE))
+    assert operator.subscribe(topic(Route.BLOB, sha256=DIGEST))
     assert not operator.subscribe("#")
 
 
 def test_every_kind_is_tried():
     """A role that is added is added to the contract's tables here."""
-    assert {_BY_NAME[name].kind for name in _MAY_WRITE} == set(ROLES) == set(Kind)
-    assert {_BY_NAME[name].kind for name in _MAY_READ} == set(Kind) - {Kind.OPERATOR}
+    assert {BY_NAME[name].kind for name in MAY_WRITE} == set(ROLES) == set(Kind)
+    assert {BY_NAME[name].kind for name in MAY_READ} == set(Kind) - {Kind.OPERATOR, Kind.VIEWER}
 
 
 @pytest.mark.parametrize("route", [Route.INFER, Route.PRESENCE, Route.STATE, Route.RESULT])
 def test_device_cannot_leave_retained_messages_as_another(join, route):
     """Whoever comes later would believe them."""
-    assert not join("cam-1").publish(topic(route, site=_SITE, node="cam-2"), retain=True)
+    assert not join("cam-1").publish(topic(route, site=SITE, node="cam-2"), retain=True)
 
 
 def test_device_cannot_leave_a_will_as_another(join):
     """The broker takes any will and publishes only those that their owner might: the later one comes alone."""
     operator = join("alice")
-    presence = topic(Route.PRESENCE, site=_SITE, node="cam-2")
+    presence = topic(Route.PRESENCE, site=SITE, node="cam-2")
     assert operator.subscribe(presence)
     join("cam-1", will=(presence, b"forged")).drop()
     join("cam-2", will=(presence, b"own")).drop()
@@ -233,7 +174,7 @@ def test_device_cannot_leave_a_will_as_another(join):
 def test_node_cannot_read_all_by_wildcard(join, route, name):
     """Its own topic is within the filter, the others' are too."""
     peer = join(name)
-    assert not peer.subscribe(topic_filter(route, site=_SITE))
+    assert not peer.subscribe(topic_filter(route, site=SITE))
     assert not peer.subscribe(topic_filter(route))
     assert not peer.subscribe("#")
 
@@ -242,19 +183,19 @@ def test_device_cannot_join_a_shared_subscription(join):
     """Whoever joins swallows other devices' messages; not even its own topics are shared."""
     device = join("cam-1")
     assert not device.subscribe(topic_filter(Route.SAMPLE, group="ingest"))
-    assert not device.subscribe(topic_filter(Route.INFER, group=_GROUP, site=_SITE))
-    assert not device.subscribe(topic_filter(Route.REPLY, group=_GROUP, site=_SITE, node="cam-1"))
+    assert not device.subscribe(topic_filter(Route.INFER, group=GROUP, site=SITE))
+    assert not device.subscribe(topic_filter(Route.REPLY, group=GROUP, site=SITE, node="cam-1"))
 
 
 def test_gateway_has_its_own_group_alone(join):
     """Neither another group nor other filters in it, nor the plain one; with listed devices there is no group."""
     gateway = join("gw-1")
-    assert gateway.subscribe(topic_filter(Route.INFER, group=_GROUP, site=_SITE))
-    assert not gateway.subscribe(topic_filter(Route.INFER, group="gw-ffffffffffff", site=_SITE))
-    assert not gateway.subscribe(topic_filter(Route.INFER, group=_GROUP))
-    assert not gateway.subscribe(topic_filter(Route.INFER, group=_GROUP, site=_SITE, node="cam-1"))
-    assert not gateway.subscribe(topic_filter(Route.INFER, site=_SITE))
-    assert not join("gw-2").subscribe(topic_filter(Route.INFER, group=_GROUP, site=_SITE))
+    assert gateway.subscribe(topic_filter(Route.INFER, group=GROUP, site=SITE))
+    assert not gateway.subscribe(topic_filter(Route.INFER, group="gw-ffffffffffff", site=SITE))
+    assert not gateway.subscribe(topic_filter(Route.INFER, group=GROUP))
+    assert not gateway.subscribe(topic_filter(Route.INFER, group=GROUP, site=SITE, node="cam-1"))
+    assert not gateway.subscribe(topic_filter(Route.INFER, site=SITE))
+    assert not join("gw-2").subscribe(topic_filter(Route.INFER, group=GROUP, site=SITE))
 
 
 def test_who_may_subscribe_but_not_receive_hears_nothing(join):
@@ -263,7 +204,7 @@ def test_who_may_subscribe_but_not_receive_hears_nothing(join):
     marker = topic(Route.COMMAND, site=CLOUD_SITE, node="deaf")
     assert deaf.subscribe(topic_filter(Route.STATE))
     assert deaf.subscribe(marker)
-    assert root.publish(topic(Route.STATE, site=_SITE, node="cam-1"))
+    assert root.publish(topic(Route.STATE, site=SITE, node="cam-1"))
     assert root.publish(marker)
     deaf.wait(lambda: deaf.received)
     assert deaf.received == [marker]
