@@ -60,11 +60,13 @@ class Site:
     def __init__(self, url):
         self.loop = Loop()
         self.link = Link(parse_broker_url(url, session_expiry_s=0), node_identity("plant", "gw-01", "gateway"))
-        self.stored, self.results = set(), []
+        self.stored, self.results, self.is_there = set(), [], False
         self.link.subscribe(Route.ACK, self._acked, site="plant", node="gw-01")
         self.link.subscribe(Route.RESULT, lambda got: self.results.append(got.message), site="cloud", node="ingest")
+        self.link.subscribe(Route.CLOUD_PRESENCE, self._seen, service="ingest")
         self.link.attach(self.loop)
-        self.wait(lambda: self.link.connected)
+        # Before, nobody would hear what is sent; a gateway would send it again.
+        self.wait(lambda: self.is_there)
 
     def wait(self, until):
         deadline = time.monotonic() + PATIENCE_S
@@ -95,6 +97,9 @@ class Site:
         self.link.close()
         self.loop.close()
 
+    def _seen(self, delivery):
+        self.is_there = delivery.message.online
+
     def _acked(self, delivery):
         self.stored |= {seq for group in delivery.message.groups for seq in group.stored}
 
@@ -113,20 +118,21 @@ def wait_for_release(url, number):
     pytest.fail(f"release {number} is not on the broker, only {found}")
 
 
-def test_labels_that_arrive_become_a_release(tmp_path, broker, drifted):
+@pytest.mark.timeout(600)
+def test_labels_that_arrive_become_a_release(tmp_path, own_broker, drifted):
     """Ingest, publisher and `shoal pipeline watch` are processes that share a directory; the rest goes over MQTT."""
     pipeline, config, data = tmp_path / "digits.yaml", tmp_path / "cloud.toml", tmp_path / "cloud"
     pipeline.write_text(PIPELINE)
     models = [{"name": "digits", "pipeline": str(pipeline)}]
-    config.write_text(tomli_w.dumps({"data_dir": str(data), "models": models, "broker": {"url": broker.url}}))
+    config.write_text(tomli_w.dumps({"data_dir": str(data), "models": models, "broker": {"url": own_broker.url}}))
     subprocess.run([sys.executable, "-m", "cloud", "init", "--config", str(config)], check=True, capture_output=True)
     services = [["cloud", name, "--config", str(config)] for name in ("ingest", "publisher")]
     with processes(*services, ["pipeline", "watch", str(pipeline), "--config", str(config)]):
-        wait_for_release(broker.url, 1)
-        site = Site(broker.url)
+        wait_for_release(own_broker.url, 1)
+        site = Site(own_broker.url)
         site.send(drifted.x[:NEW_LABELS], drifted.y[:NEW_LABELS].tolist())
         site.close()
-        wait_for_release(broker.url, 2)
+        wait_for_release(own_broker.url, 2)
     registry = Registry(data / "registry.sqlite")
     assert [run.reason for run in registry.runs()] == [f"{NEW_LABELS} new labels", "first release"]
     report = registry.releases("digits")[-1]
