@@ -81,6 +81,10 @@ _SOURCES: Mapping[type[Step], tuple[str, ...]] = MappingProxyType(
 )
 _ROOT = Path(__file__).resolve().parents[2]
 _KEPT_RUNS = 10
+# No step takes so long between putting its output down and saying so.
+_YOUNG_S = 3600.0
+# A run that was stopped is expected back by then.
+_FORGOTTEN_S = 30 * 86_400.0
 _TRUSTED = frozenset({LABEL_SOURCE_PERSON, LABEL_SOURCE_WITH_SAMPLE})
 _TAUGHT = frozenset({LABEL_SOURCE_TEACHER})
 # Of hard samples, the newest: enough to tell two models apart, and scored in a moment.
@@ -202,8 +206,15 @@ class Engine:
             except Exception as exc:  # whatever it was, the registry says that it was
                 self.registry.end(run.id, Status.FAILED, _now_us(), error=f"{type(exc).__name__}: {exc}")
                 raise
-            self.objects.keep(self.registry.outputs(self.registry.runs(self._pipeline.model, limit=_KEPT_RUNS)))
+            self._tidy(time.time())
             return ended
+
+    def _tidy(self, now: float) -> None:
+        """Let go of what no recent run made, and of checkpoints that nobody came back for."""
+        self.objects.keep(self.registry.outputs(self.registry.newest_runs(_KEPT_RUNS)), now - _YOUNG_S)
+        for folder in (self._settings.builds_dir / "work").glob("*"):
+            if folder.stat().st_mtime < now - _FORGOTTEN_S:
+                shutil.rmtree(folder)
 
     def plan(self) -> list[Planned]:
         """Say what a run would do now."""

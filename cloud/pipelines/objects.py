@@ -55,13 +55,18 @@ class ObjectStore:
             return False
         return True
 
-    def keep(self, digests: Iterable[str]) -> int:
-        """Delete all but these trees and their files. Returns how many objects went."""
+    def keep(self, digests: Iterable[str], older_than: float) -> int:
+        """Delete what is older but these trees and their files. Returns how many objects went.
+
+        Args:
+            digests: trees to keep; one that is not here keeps nothing.
+            older_than: Unix time. Newer objects stay, for another process may have put them and not yet said what for.
+        """
         kept = set()
         for digest in digests:
             if self.holds(digest):
                 kept |= {digest, *self.names(digest).values()}
-        gone = [path for path in self._paths() if path.name not in kept]
+        gone = [path for path in self._paths() if path.name not in kept and path.stat().st_mtime < older_than]
         for path in gone:
             path.unlink()
         return len(gone)
@@ -75,7 +80,10 @@ class ObjectStore:
     def _put(self, data: bytes) -> str:
         digest = hashlib.sha256(data).hexdigest()
         path = self._path(digest)
-        if not _is_whole(path, digest):
+        if _is_whole(path, digest):
+            # As good as new, and as young: `keep` must not take it for one that nobody wants any more.
+            path.touch()
+        else:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, data)
         return digest

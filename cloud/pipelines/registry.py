@@ -256,6 +256,11 @@ class Registry:
         """Runs, the newest first."""
         return self._runs("WHERE ? IS NULL OR model = ?", [model, model], limit)
 
+    def newest_runs(self, count: int) -> list[Run]:
+        """Return the newest runs of every model, so many of each."""
+        models = self._db.execute("SELECT DISTINCT model FROM runs").fetchall()
+        return [run for (model,) in models for run in self.runs(model, limit=count)]
+
     def run(self, prefix: str) -> list[Run]:
         """The runs whose id begins like this: one, unless the prefix is too short or wrong."""
         return self._runs("WHERE substr(id, 1, ?) = ?", [len(prefix), prefix], 10)

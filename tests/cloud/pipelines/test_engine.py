@@ -3,7 +3,9 @@
 import datetime as dt
 import hashlib
 import itertools
+import os
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -271,15 +273,25 @@ def test_plan_says_what_a_run_would_do(rig):
 
 
 def test_old_objects_go(rig, monkeypatch):
-    """What no recent run names is deleted; the newest runs stay whole."""
+    """What no recent run names is deleted; the newest runs of every model stay whole."""
     monkeypatch.setattr("cloud.pipelines.engine._KEPT_RUNS", 1)
+    monkeypatch.setattr("cloud.pipelines.engine._YOUNG_S", -60.0)
     rig.run()
     first = rig.outputs()["trained"]
+    store = ObjectStore(rig.settings.objects_dir)
+    others = store.put({"model": b"of a run of another model"})
+    with closing(Registry(rig.settings.registry_path)) as registry:
+        newest = registry.newest("digits")
+        registry.begin(replace(newest, id="0", model="shuttle", samples_digest=others))
+    forgotten, recent = (rig.settings.builds_dir / "work" / name for name in ("forgotten", "recent"))
+    for folder in (forgotten, recent):
+        folder.mkdir()
+    os.utime(forgotten, (1000, 1000))
     rig.label(0, 30)
     rig.run()
-    store = ObjectStore(rig.settings.objects_dir)
+    assert (forgotten.exists(), recent.exists()) == (False, True)
     assert not store.holds(first)
-    assert all(map(store.holds, rig.outputs().values()))
+    assert all(map(store.holds, [*rig.outputs().values(), others]))
 
 
 def killed_at(rig, monkeypatch, point):

@@ -1,5 +1,8 @@
 """The object store: content in, content out, and nothing damaged ever."""
 
+import os
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,6 +45,18 @@ def test_keep_drops_all_but_what_is_named(tmp_path):
     """A file that a kept tree shares with a dropped one stays."""
     store = ObjectStore(tmp_path)
     kept, dropped = store.put({"a": b"1", "b": b"2"}), store.put({"b": b"2", "c": b"3"})
-    assert store.keep([kept, "00" * 32]) == 2
+    assert store.keep([kept, "00" * 32], time.time() + 60) == 2
     assert store.get(kept) == {"a": b"1", "b": b"2"}
     assert not store.holds(dropped)
+
+
+def test_young_objects_stay_and_being_put_again_makes_young(tmp_path):
+    """Another process may have put one down a moment ago, and not yet said what for."""
+    store = ObjectStore(tmp_path)
+    old, renewed = store.put({"a": b"1"}), store.put({"b": b"2"})
+    for path in tmp_path.glob("??/*"):
+        os.utime(path, (1000, 1000))
+    store.put({"b": b"2"})
+    young = store.put({"c": b"3"})
+    assert store.keep([], time.time() - 60) == 2
+    assert [store.holds(digest) for digest in (old, renewed, young)] == [False, True, True]
