@@ -185,7 +185,9 @@ class _Run:
         state = _load_checkpoint(path)
         if state is None or state.get("identity") != self._identity:
             return
-        self.epoch, self._order, self._losses = state["epoch"], state["order"], state["losses"]
+        self.epoch, self._order = state["epoch"], state["order"]
+        # Read to the CPU, as everything is; what follows is where the rows are.
+        self._losses = [loss.to(self._rows.device) for loss in state["losses"]]
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
